@@ -1,0 +1,80 @@
+"""Checkpoints with Orbax: parameters and optimizer apart, so that loading a model never reads the optimizer.
+
+Everything else a run needs to go on follows from the step number: schedules, masks and data order are functions
+of it. A checkpoint appears whole or not at all, so a killed process leaves the one before.
+"""
+
+from pathlib import Path
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from lsjax.config import CheckpointConfig
+from lsjax.errors import UserError
+from lsjax.model.transformer import Params
+from lsjax.training.step import TrainState
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, written in the background."""
+
+    def __init__(self, workdir: Path, config: CheckpointConfig):
+        self._folder = Path(workdir).absolute() / FOLDER
+        self._checkpointer = ocp.training.Checkpointer(
+            self._folder,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def latest_step(self) -> int | None:
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, state: TrainState) -> None:
+        """Copies the state off the device and returns; writing goes on behind. The step must be a new one."""
+        rest = {"optimizer": state.optimizer, "step": state.step}
+        self._checkpointer.save_checkpointables_async(int(state.step), {"params": state.params, "training": rest})
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The latest checkpoint, each array laid out as `abstract` says (any mesh, whichever it was saved from)."""
+        rest = {"optimizer": abstract.optimizer, "step": abstract.step}
+        step = self.latest_step()
+        try:
+            loaded = self._checkpointer.load_checkpointables(step, {"params": abstract.params, "training": rest})
+        except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+            raise unreadable(self._folder, step, error) from error
+        return TrainState(loaded["training"]["step"], loaded["params"], loaded["training"]["optimizer"])
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._checkpointer.close()
+
+
+def load_params(workdir: Path, abstract: Params) -> tuple[int, Params]:
+    """(step, parameters) of the latest checkpoint in a workdir, without its optimizer."""
+    folder = Path(workdir).absolute() / FOLDER
+    if not folder.is_dir():
+        raise UserError(f"{workdir} has no checkpoint yet: {folder} does not exist")
+    with ocp.training.Checkpointer(folder) as checkpointer:
+        if checkpointer.latest is None:
+            raise UserError(f"{workdir} has no checkpoint yet: {folder} is empty")
+        step = checkpointer.latest.step
+        try:
+            return step, checkpointer.load_checkpointables(step, {"params": abstract})["params"]
+        except Exception as error:
+            raise unreadable(folder, step, error) from error
+
+
+def unreadable(folder: Path, step: int, error: Exception) -> UserError:
+    first_line = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"checkpoint {folder}/{step} cannot be read; remove that folder to fall back to the one before ({first_line})"
+    )
+
+
+def abstract_arrays(tree, shardings) -> jax.Array:
+    """Shapes with layouts, for restoring straight into place: initial and restored state never coexist."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)

@@ -1,0 +1,260 @@
+"""Configuration: frozen dataclasses, built from the ml_collections config that a file in configs/ returns.
+
+A configuration file starts from `default_config()`, so that every key exists (and can be overridden on the
+command line), and sets what differs. `Config.from_config_dict` checks names, types and values once, at start.
+"""
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+import ml_collections
+
+from lsjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Frequency scaling of the rotary embedding. `kind`: "none", "linear" (divide by factor) or "llama3"."""
+
+    kind: str = "none"
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_context_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Llama. Letters of the docstrings: L num_layers, D width, N num_heads, K num_kv_heads,
+    H head_width, F feed_forward_width, V vocab_size."""
+
+    num_layers: int = 12
+    width: int = 256
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_width: int = 64
+    feed_forward_width: int = 704
+    vocab_size: int = 2048
+    context_length: int = 1024
+    tie_embeddings: bool = True
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    rms_norm_epsilon: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSkipConfig:
+    """The recipe (arXiv 2404.16710, section 4.1). The defaults are the paper's continual setting."""
+
+    dropout_max_rate: float = 0.1
+    dropout_depth_schedule: str = "exponential"
+    dropout_time_schedule: str = "constant"
+    dropout_granularity: str = "sample"
+    dropout_rescale: bool = False
+    exit_scale: float = 0.2
+    exit_curriculum: str = "rotational"
+    exit_rotation: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """`corpus`: "python" (the running interpreter's standard library), a folder of text, or a .jsonl file.
+    `tokenizer`: empty trains a byte-level BPE of model.vocab_size entries on the corpus, else a tokenizer.json.
+    `directory`: where packed data is kept; empty means WORKDIR/data."""
+
+    corpus: str = "python"
+    file_pattern: str = "**/*"
+    text_key: str = "text"
+    held_out_fraction: float = 0.03
+    tokenizer: str = ""
+    directory: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """`batch_size`: sequences a step over all hosts. `compute_dtype`: "auto" is float32 on CPU, else bfloat16.
+    `rematerialize`: recompute each layer in the backward pass. `loss_chunk`: tokens whose logits exist at once.
+    `scan_unroll`: layers per iteration of the layer loop."""
+
+    total_steps: int = 1000
+    batch_size: int = 16
+    sequence_length: int = 256
+    learning_rate: float = 1e-3
+    final_learning_rate_fraction: float = 0.1
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    adam_b1: float = 0.9
+    adam_b2: float = 0.95
+    gradient_clip: float = 1.0
+    gradient_accumulation: int = 1
+    seed: int = 0
+    compute_dtype: str = "auto"
+    rematerialize: bool = True
+    loss_chunk: int = 1024
+    scan_unroll: int = 1
+    log_every_steps: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis. One of them may be -1: what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 500
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """`max_batches`: held-out batches per evaluation; 0 means all of them."""
+
+    every_steps: int = 500
+    max_batches: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: ModelConfig = ModelConfig()
+    layerskip: LayerSkipConfig = LayerSkipConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @classmethod
+    def from_config_dict(cls, config: ml_collections.ConfigDict) -> "Config":
+        """Raises UserError that names the first unknown key, wrong type or impossible value."""
+        return cls.from_dict(config.to_dict())
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "Config":
+        config = _build(cls, tree, "config")
+        _check_values(config)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every key with its default. Locked: assigning a key that does not exist raises."""
+    return ml_collections.ConfigDict(Config().to_dict())
+
+
+def model_config_from_dict(tree: dict[str, Any]) -> ModelConfig:
+    """The `model` section alone, checked."""
+    model = _build(ModelConfig, tree, "config.model")
+    _check_model(model)
+    return model
+
+
+def _build(cls: type, tree: Any, path: str):
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must be a section of keys, got {tree!r}")
+    types = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in types:
+            close = difflib.get_close_matches(key, types, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(types)}"
+            raise UserError(f"unknown config key {path}.{key}{hint}")
+    return cls(**{key: _convert(types[key], value, f"{path}.{key}") for key, value in tree.items()})
+
+
+def _convert(kind: type, value: Any, path: str):
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{path} must be {kind.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _choice(path: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{path} is {value!r}; choose one of {', '.join(allowed)}")
+
+
+def _positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"config.{section}.{name} must be positive, got {value}")
+
+
+def _check_model(m: ModelConfig) -> None:
+    _positive("model", m, "num_layers", "width", "num_heads", "num_kv_heads", "head_width")
+    _positive("model", m, "feed_forward_width", "vocab_size", "context_length", "rope_theta", "rms_norm_epsilon")
+    _require(
+        m.num_heads % m.num_kv_heads == 0,
+        f"config.model.num_heads ({m.num_heads}) must be a multiple of num_kv_heads ({m.num_kv_heads})",
+    )
+    _require(m.head_width % 2 == 0, f"config.model.head_width must be even for rotary embeddings, got {m.head_width}")
+    _choice("config.model.rope_scaling.kind", m.rope_scaling.kind, ("none", "linear", "llama3"))
+    _positive("model.rope_scaling", m.rope_scaling, "factor")
+
+
+def _check_layerskip(s: LayerSkipConfig) -> None:
+    _require(
+        0 <= s.dropout_max_rate < 1, f"config.layerskip.dropout_max_rate must be in [0, 1), got {s.dropout_max_rate}"
+    )
+    _choice(
+        "config.layerskip.dropout_depth_schedule", s.dropout_depth_schedule, ("exponential", "linear", "uniform")
+    )
+    _choice(
+        "config.layerskip.dropout_time_schedule",
+        s.dropout_time_schedule,
+        ("constant", "exponential", "linear_decay"),
+    )
+    _choice("config.layerskip.dropout_granularity", s.dropout_granularity, ("sample", "batch"))
+    _choice("config.layerskip.exit_curriculum", s.exit_curriculum, ("none", "rotational", "gradual", "all"))
+    _require(0 <= s.exit_scale <= 1, f"config.layerskip.exit_scale must be in [0, 1], got {s.exit_scale}")
+    _positive("layerskip", s, "exit_rotation")
+
+
+def _check_training(config: Config) -> None:
+    t = config.training
+    _positive("training", t, "total_steps", "batch_size", "sequence_length", "learning_rate")
+    _positive("training", t, "gradient_clip", "gradient_accumulation", "loss_chunk", "scan_unroll", "log_every_steps")
+    _choice("config.training.compute_dtype", t.compute_dtype, ("auto", "float32", "bfloat16"))
+    _require(
+        t.batch_size % t.gradient_accumulation == 0,
+        f"config.training.batch_size ({t.batch_size}) must be a multiple of gradient_accumulation "
+        f"({t.gradient_accumulation})",
+    )
+    _require(
+        t.sequence_length <= config.model.context_length,
+        f"config.training.sequence_length ({t.sequence_length}) exceeds config.model.context_length "
+        f"({config.model.context_length})",
+    )
+    _require(
+        0 <= t.warmup_steps <= t.total_steps,
+        f"config.training.warmup_steps ({t.warmup_steps}) must be within 0..total_steps ({t.total_steps})",
+    )
+
+
+def _check_values(config: Config) -> None:
+    _check_model(config.model)
+    _check_layerskip(config.layerskip)
+    _check_training(config)
+    d = config.data.held_out_fraction
+    _require(0 < d < 1, f"config.data.held_out_fraction must be between 0 and 1, got {d}")
+    _positive("checkpoint", config.checkpoint, "every_steps", "keep")
+    _positive("evaluation", config.evaluation, "every_steps")
+    sizes = dataclasses.astuple(config.mesh)
+    _require(
+        all(size > 0 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
+        f"config.mesh {dataclasses.asdict(config.mesh)}: sizes are positive, and at most one is -1",
+    )

@@ -1,0 +1,108 @@
+"""Text to learn from: the running interpreter's own standard library, a folder of text, or a JSONL file."""
+
+import dataclasses
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from lsjax.config import DataConfig
+from lsjax.errors import UserError
+
+# Generated tables, test suites and vendored copies teach a model little.
+_SKIPPED_FOLDERS = frozenset(
+    "site-packages dist-packages test tests idle_test idlelib lib2to3 turtledemo ensurepip pydoc_data encodings "
+    "__pycache__".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    name: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents split by name, so that no held-out file shares text with a training file."""
+
+    train: tuple[Document, ...]
+    held_out: tuple[Document, ...]
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """Count, bytes and SHA-256 of everything: what "the same corpus" means."""
+        digest, size = hashlib.sha256(), 0
+        documents = sorted(self.train + self.held_out, key=lambda d: d.name)
+        for document in documents:
+            for part in (document.name, document.text):
+                encoded = part.encode()
+                digest.update(len(encoded).to_bytes(8, "little"))
+                digest.update(encoded)
+            size += len(encoded)
+        return {"documents": len(documents), "bytes": size, "sha256": digest.hexdigest()}
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """Reads config.corpus and splits it. Raises UserError when there is nothing to learn or to hold out."""
+    documents = sorted(_read(config), key=lambda d: d.name)
+    documents = [d for d in documents if d.text.strip()]
+    if not documents:
+        raise UserError(
+            f"config.data.corpus {config.corpus!r} is empty: no UTF-8 text matches {config.file_pattern!r}"
+        )
+    held_out = tuple(d for d in documents if _is_held_out(d.name, config.held_out_fraction))
+    train = tuple(d for d in documents if not _is_held_out(d.name, config.held_out_fraction))
+    if not train or not held_out:
+        raise UserError(
+            f"config.data.corpus {config.corpus!r} has {len(documents)} document(s), too few to split: "
+            f"{len(train)} to train, {len(held_out)} held out; change config.data.held_out_fraction"
+        )
+    return Corpus(train, held_out)
+
+
+def _read(config: DataConfig) -> Iterator[Document]:
+    if config.corpus == "python":
+        return _python_standard_library()
+    path = Path(config.corpus)
+    if path.is_dir():
+        return _folder(path, config.file_pattern)
+    if path.is_file() and path.suffix == ".jsonl":
+        return _jsonl(path, config.text_key)
+    raise UserError(f'config.data.corpus {config.corpus!r} is neither "python", nor a folder, nor a .jsonl file')
+
+
+def _is_held_out(name: str, fraction: float) -> bool:
+    """A fixed pseudo-random choice by name: adding a document never moves another."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < fraction * 2**64
+
+
+def _python_standard_library() -> Iterator[Document]:
+    return _folder(Path(sysconfig.get_paths()["stdlib"]), "**/*.py")
+
+
+def _folder(root: Path, pattern: str) -> Iterator[Document]:
+    for path in sorted(root.glob(pattern)):
+        relative = path.relative_to(root)
+        hidden = any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in relative.parts)
+        if hidden or path.is_symlink() or not path.is_file():
+            continue
+        try:
+            yield Document(relative.as_posix(), path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            continue  # not text
+
+
+def _jsonl(path: Path, text_key: str) -> Iterator[Document]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                text = row[text_key]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(f'{path}:{number}: want a JSON object with a "{text_key}" string: {error}') from None
+            if not isinstance(text, str):
+                raise UserError(f'{path}:{number}: "{text_key}" is {type(text).__name__}, not a string')
+            yield Document(f"{number:012d}", text)

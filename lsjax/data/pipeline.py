@@ -1,0 +1,96 @@
+"""Packed records -> batches, with Grain: shuffled, endless, exactly resumable, the same on any number of hosts."""
+
+import functools
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from lsjax.data.batch import Batch
+from lsjax.data.packing import record_path
+from lsjax.errors import UserError
+
+
+def training_batches(
+    directory: Path,
+    batch_size: int,
+    sequence_length: int,
+    seed: int,
+    *,
+    first_batch: int = 0,
+    host: int = 0,
+    num_hosts: int = 1,
+) -> grain.DatasetIterator:
+    """Endless batches from batch `first_batch` on: this host's rows, B/num_hosts sequences each.
+
+    Row r of global batch t is record t*B + r of one shuffled stream, whichever host reads it. The step number
+    is therefore the whole state of the pipeline, and a run resumes exactly on any number of hosts.
+    """
+    if batch_size % num_hosts:
+        raise UserError(f"config.training.batch_size ({batch_size}) does not divide over {num_hosts} hosts")
+    records = _records(directory, "train").shuffle(seed=seed).repeat()
+    rows = _HostRows(records, batch_size // num_hosts, host, num_hosts, first_batch)
+    return iter(_batched(rows, batch_size // num_hosts, sequence_length).to_iter_dataset(_READ_OPTIONS))
+
+
+def held_out_batches(
+    directory: Path, batch_size: int, sequence_length: int, max_batches: int, host: int = 0, num_hosts: int = 1
+) -> list[Batch]:
+    """The first held-out sequences, in file order, whole batches only (at least one: rows repeat if they must)."""
+    records = _records(directory, "held_out")
+    batches = max(1, len(records) // batch_size)
+    batches = min(batches, max_batches) if max_batches else batches
+    if len(records) < batch_size:
+        records = records.repeat()
+    rows = _HostRows(records[: batches * batch_size], batch_size // num_hosts, host, num_hosts)
+    return list(_batched(rows, batch_size // num_hosts, sequence_length))
+
+
+# Records are small and in the page cache: a few threads keep ahead of any step without crowding the compute.
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+
+
+class _HostRows(grain.MapDataset):
+    """This host's contiguous block of rows of every global batch."""
+
+    def __init__(self, parent: grain.MapDataset, rows: int, host: int, num_hosts: int, first_batch: int = 0):
+        super().__init__(parent)
+        self._rows, self._host, self._num_hosts, self._first_batch = rows, host, num_hosts, first_batch
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._num_hosts
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self._rows)
+        batch += self._first_batch
+        return self._parent[(batch * self._num_hosts + self._host) * self._rows + row]
+
+
+def _records(directory: Path, split: str) -> grain.MapDataset:
+    return grain.MapDataset.source(grain.sources.ArrayRecordDataSource(str(record_path(directory, split))))
+
+
+def _batched(rows: grain.MapDataset, batch_size: int, sequence_length: int) -> grain.MapDataset:
+    return rows.map(functools.partial(unpack, sequence_length=sequence_length)).batch(
+        batch_size, drop_remainder=True, batch_fn=_stack
+    )
+
+
+def unpack(record: bytes, sequence_length: int) -> Batch:
+    """One record -> a Batch without its batch axis. A target from the next document gets weight 0."""
+    tokens, owners = np.frombuffer(record, np.int32).reshape(2, sequence_length + 1)
+    index = np.arange(sequence_length, dtype=np.int32)
+    starts = np.concatenate([[True], owners[1:-1] != owners[:-2]])
+    return Batch(
+        tokens=tokens[:-1],
+        targets=tokens[1:],
+        weights=(owners[1:] == owners[:-1]).astype(np.float32),
+        positions=index - np.maximum.accumulate(np.where(starts, index, 0)),
+        segment_ids=(np.cumsum(starts) - 1).astype(np.int32),
+    )
+
+
+def _stack(rows: list[Batch]) -> Batch:
+    return Batch(*(np.stack(column) for column in zip(*rows, strict=True)))

@@ -1,0 +1,1 @@
+"""Measuring a model: every exit on held-out text, tables and figures."""

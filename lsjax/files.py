@@ -1,0 +1,36 @@
+"""Writing files so that a reader, or a crash, never sees half of one."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from lsjax.errors import UserError
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes beside `path`, flushes to disk, then renames over it."""
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def make_folder(path: Path, what: str) -> Path:
+    """Creates `path` and proves that it can be written; raises UserError naming it otherwise."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {what} {path}: {error.strerror or error}") from None
+    return path

@@ -1,0 +1,1 @@
+"""The LayerSkip recipe: layer dropout, exit weights and curricula, the multi-exit loss."""

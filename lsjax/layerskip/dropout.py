@@ -1,0 +1,49 @@
+"""Layer dropout: how often each layer is skipped, and the masks that skip it (Eq. 1-4)."""
+
+import jax
+import jax.numpy as jnp
+
+LN2 = 0.6931471805599453
+
+
+def layer_dropout_rates(
+    num_layers: int,
+    max_rate: float,
+    step: jax.Array | int,
+    total_steps: int,
+    depth_schedule: str = "exponential",
+    time_schedule: str = "constant",
+) -> jax.Array:
+    """p = S(t) D(l) p_max for every layer (Eq. 2): float32 [L]. `step` may be traced.
+
+    depth_schedule: "exponential" exp(l ln2/(L-1)) - 1 (Eq. 3), "linear" l/(L-1), "uniform" 1.
+    time_schedule: "constant" 1, "exponential" exp(t ln2/(T-1)) - 1 (Eq. 4), "linear_decay" 1 - t/(T-1).
+    """
+    layer = jnp.arange(num_layers) / max(num_layers - 1, 1)
+    time = jnp.asarray(step, jnp.float32) / max(total_steps - 1, 1)
+    depth = {
+        "exponential": lambda: jnp.expm1(layer * LN2),
+        "linear": lambda: layer,
+        "uniform": lambda: jnp.ones(num_layers),
+    }[depth_schedule]()
+    scale = {
+        "constant": lambda: 1.0,
+        "exponential": lambda: jnp.expm1(time * LN2),
+        "linear_decay": lambda: 1.0 - time,
+    }[time_schedule]()
+    return jnp.asarray(max_rate * scale * depth, jnp.float32)
+
+
+def draw_layer_mask(
+    key: jax.Array, rates: jax.Array, batch_size: int, granularity: str = "sample", rescale: bool = False
+) -> jax.Array:
+    """M(p) of Eq. 1 as an explicit array: 0 skips, else 1 (or 1/(1-p) when rescaling, arXiv 2609.05275).
+
+    rates [L]. granularity "sample" gives [L, B], each sequence on its own; "batch" gives [L], one draw for the
+    whole batch, whose compute is then really skipped.
+    """
+    shape = (rates.shape[0], batch_size) if granularity == "sample" else rates.shape
+    rates = rates.reshape(rates.shape + (1,) * (len(shape) - 1))
+    keep = jax.random.uniform(key, shape) >= rates
+    scale = 1.0 / (1.0 - rates) if rescale else jnp.ones_like(rates)
+    return jnp.where(keep, scale, 0.0)

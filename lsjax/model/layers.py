@@ -1,0 +1,87 @@
+"""The leaf modules of a Llama, in functional Flax: used only through `init` and `apply`.
+
+Projections that read the same input are one weight: q, k and v lie together per KV head (so that a tensor mesh
+axis splits them without communication), and the two SwiGLU inputs lie together. Fewer, larger matmuls are
+faster everywhere, most of all when decoding one token.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lsjax.config import ModelConfig
+from lsjax.model.rope import rotate
+
+# attend(q [B,S,K,G,H], k [B,S,K,H], v [B,S,K,H]) -> (mixed [B,S,K,G,H], state), G = N/K query heads per KV head.
+# `state` is whatever the caller wants back, such as the layer's updated KV cache; None in training.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, object]]
+
+_INIT_STDDEV = 0.02
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, computed in float32."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return (y * scale).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; `attend` decides what the queries see (a causal block, or a KV cache)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], attend: Attend):
+        c = self.config
+        group = c.num_heads // c.num_kv_heads
+        init = nn.initializers.normal(_INIT_STDDEV)
+        kernel = self.param("qkv", init, (c.width, c.num_kv_heads, group + 2, c.head_width))
+        qkv = jnp.einsum("bsd,dkgh->bskgh", x, kernel)
+        q, k, v = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
+        mixed, state = attend(rotate(q, cos_sin), rotate(k, cos_sin), v)
+        out = self.param("output", _residual_init(c), (c.num_kv_heads, group, c.head_width, c.width))
+        return jnp.einsum("bskgh,kghd->bsd", mixed, out), state
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        init = nn.initializers.normal(_INIT_STDDEV)
+        kernel = self.param("gate_up", init, (c.width, 2, c.feed_forward_width))
+        gate_up = jnp.einsum("bsd,dcf->bscf", x, kernel)
+        down = self.param("down", _residual_init(c), (c.feed_forward_width, c.width))
+        return jnp.einsum("bsf,fd->bsd", nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], down)
+
+
+class DecoderLayer(nn.Module):
+    """f_l of Eq. 1: what a layer adds to its input, attention and feed-forward together."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], attend: Attend):
+        """x [B,S,D] -> (f_l(x) [B,S,D], state of `attend`). The next hidden state is x + f_l(x)."""
+        c = self.config
+        normed = RMSNorm(c.rms_norm_epsilon, name="attention_norm")(x)
+        attended, state = Attention(c, name="attention")(normed, cos_sin, attend)
+        normed = RMSNorm(c.rms_norm_epsilon, name="feed_forward_norm")(x + attended)
+        return attended + SwiGLU(c, name="feed_forward")(normed), state
+
+
+def _residual_init(config: ModelConfig):
+    """Projections back into the residual stream start smaller the deeper the model (GPT-2, section 2.3)."""
+    return nn.initializers.normal(_INIT_STDDEV / (2 * config.num_layers) ** 0.5)

@@ -1,0 +1,199 @@
+"""The training run, start to finish, as one story."""
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lsjax.checkpoint import Checkpoints, abstract_arrays
+from lsjax.config import Config
+from lsjax.data.batch import Batch
+from lsjax.data.packing import prepare
+from lsjax.data.pipeline import held_out_batches, training_batches
+from lsjax.errors import UserError
+from lsjax.evaluation.exits import ExitProfile, exit_profile
+from lsjax.model.transformer import count_params
+from lsjax.scale.sharding import batch_sharding, check_batch, make_mesh
+from lsjax.training import workdir as workdirs
+from lsjax.training.metrics import RunLog, describe_evaluation, describe_step
+from lsjax.training.progress import ProgressDisplay
+from lsjax.training.step import StepMetrics, TrainState, init_state, make_train_step, state_shardings
+
+
+class TrainResult(NamedTuple):
+    step: int
+    params: dict
+    profile: ExitProfile | None  # of the last evaluation; None when the run was interrupted before one
+
+
+def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> TrainResult:
+    """Trains until config.training.total_steps, resuming by itself from the latest checkpoint in `workdir`.
+
+    Interrupted by SIGINT or SIGTERM it saves where it is and returns. Raises UserError on bad input, and when a
+    loss or gradient is not finite (the last good checkpoint stays).
+    """
+    # ---- Where: the workdir is this run's alone, the mesh fits the devices.
+    workdir = Path(workdir)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.training.batch_size // config.training.gradient_accumulation, mesh, "a microbatch")
+    workdirs.claim(workdir, config)
+
+    # ---- What: packed text, made once.
+    say = print if verbose else lambda _: None
+    directory = workdirs.data_directory(workdir, config)
+    tokenizer, _ = prepare(config, directory, say)
+    tokenizer.save(workdir / workdirs.TOKENIZER)
+
+    # ---- From: the latest checkpoint, or random parameters born in their shards.
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    with jax.set_mesh(mesh):
+        state = _restore_or_init(config, mesh, checkpoints)
+        first_step = int(state.step)
+        start = f"resuming at step {first_step}" if first_step else "starting"
+        say(f"{start}: {count_params(config.model):,} parameters on {mesh.size} {jax.default_backend()} device(s)")
+
+        # ---- Go.
+        log = RunLog(workdir, first_step)
+        display = ProgressDisplay(first_step, config.training.total_steps, verbose)
+        try:
+            run = _Run(config, mesh, directory, checkpoints, log, display)
+            return run.until_done(state, first_step)
+        finally:
+            display.close()
+            log.close()
+            checkpoints.close()
+
+
+def _restore_or_init(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
+    shardings = state_shardings(config, mesh)
+    if checkpoints.latest_step() is None:
+        return jax.jit(lambda: init_state(config), out_shardings=shardings)()
+    abstract = jax.eval_shape(lambda: init_state(config))
+    return checkpoints.restore(abstract_arrays(abstract, shardings))
+
+
+class _Run:
+    """The loop and what it needs at hand."""
+
+    def __init__(self, config, mesh, directory, checkpoints, log, display):
+        self.config, self.mesh, self.directory = config, mesh, directory
+        self.checkpoints, self.log, self.display = checkpoints, log, display
+        self.profile: ExitProfile | None = None
+        self.clock = (time.monotonic(), 0)  # when the last logged step ended, and which it was
+
+    def until_done(self, state: TrainState, first_step: int) -> TrainResult:
+        t, sharding = self.config.training, batch_sharding(self.mesh)
+        train_step = make_train_step(self.config, self.mesh)
+        batches = training_batches(
+            self.directory, t.batch_size, t.sequence_length, t.seed, first_batch=first_step, **_host()
+        )
+        pending: tuple[int, StepMetrics] | None = None
+        self.clock = (time.monotonic(), first_step)
+        step = first_step
+        with _stop_on_signal() as stop_requested:
+            for step in range(first_step + 1, t.total_steps + 1):
+                # Step n is dispatched before the metrics of n-1 are fetched: the device never waits for us.
+                state, metrics = train_step(state, put_batch(next(batches), sharding))
+                if pending:
+                    self._finish_step(*pending)
+                pending = (step, metrics)
+                last = step == t.total_steps or stop_requested()
+                if last or step % self.config.checkpoint.every_steps == 0:
+                    # Only a step known to be finite is saved.
+                    self._finish_step(*pending)
+                    pending = None
+                    self.checkpoints.save(state)
+                if step == t.total_steps or step % self.config.evaluation.every_steps == 0:
+                    self._evaluate(step, state)
+                if last:
+                    break
+        if step < t.total_steps:
+            self.display.note(f"interrupted: saved at step {step}; the same command resumes from there")
+        if self.profile is None and step == t.total_steps:
+            self._evaluate(step, state)  # the run was already complete
+        return TrainResult(step, state.params, self.profile)
+
+    def _finish_step(self, step: int, metrics: StepMetrics) -> None:
+        """Waits for a step's metrics, refuses what is not finite, and logs it when its turn has come."""
+        metrics = jax.device_get(metrics)
+        _check_finite(step, metrics)
+        if step % self.config.training.log_every_steps and step != self.config.training.total_steps and step != 1:
+            return
+        now, (then, previous) = time.monotonic(), self.clock
+        tokens = (step - previous) * self.config.training.batch_size * self.config.training.sequence_length
+        self.clock = (now, step)
+        record = describe_step(step, metrics, tokens / max(now - then, 1e-9))
+        self.log.write_step(record)
+        self.display.update(record)
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        began = time.monotonic()
+        t, sharding = self.config.training, batch_sharding(self.mesh)
+        batches = held_out_batches(
+            self.directory, t.batch_size, t.sequence_length, self.config.evaluation.max_batches, **_host()
+        )
+        put = (put_batch(batch, sharding) for batch in batches)
+        self.profile = exit_profile(state.params, put, self.config.model)
+        self.log.write_evaluation(describe_evaluation(step, self.profile))
+        self.display.note(_evaluation_line(step, self.profile))
+        then, previous = self.clock
+        self.clock = (then + time.monotonic() - began, previous)  # evaluation is no training time
+
+
+def put_batch(batch: Batch, sharding) -> Batch:
+    """This host's rows -> global arrays laid out over the mesh."""
+    return Batch(*(jax.make_array_from_process_local_data(sharding, column) for column in batch))
+
+
+def _host() -> dict[str, int]:
+    return {"host": jax.process_index(), "num_hosts": jax.process_count()}
+
+
+def _check_finite(step: int, metrics: StepMetrics) -> None:
+    for layer in np.flatnonzero(metrics.exit_active):
+        if not np.isfinite(metrics.exit_losses[layer]):
+            raise UserError(
+                f"step {step}: the loss at exit layer {layer + 1} is {metrics.exit_losses[layer]}, the first of "
+                "the active exits that is not finite; the last good checkpoint is kept. Lower "
+                "config.training.learning_rate or lengthen config.training.warmup_steps"
+            )
+    if not (np.isfinite(metrics.gradient_norm) and np.isfinite(metrics.loss)):
+        raise UserError(
+            f"step {step}: the losses are finite but the gradient norm is {metrics.gradient_norm}; the last good "
+            "checkpoint is kept. Lower config.training.learning_rate"
+        )
+
+
+def _evaluation_line(step: int, profile: ExitProfile) -> str:
+    layers = len(profile.loss)
+    shown = sorted({max(1, layers // 4), max(1, layers // 2), max(1, 3 * layers // 4), layers})
+    exits = "  ".join(f"{layer}: {profile.loss[layer - 1]:.3f}" for layer in shown)
+    return f"held out at step {step}: loss by exit layer  {exits}"
+
+
+class _stop_on_signal:  # noqa: N801 (used as a context manager function)
+    """Turns SIGINT and SIGTERM into a flag, so that a run ends between two steps, saved."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._requested = False
+        self._previous = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._request)
+            except ValueError:  # not the main thread: leave signals alone
+                break
+        return lambda: self._requested
+
+    def _request(self, *_) -> None:
+        if self._requested:  # asked twice: stop at once
+            raise KeyboardInterrupt
+        self._requested = True
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

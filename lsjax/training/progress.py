@@ -1,0 +1,56 @@
+"""What a person sees while training runs: a live bar on a terminal, plain lines elsewhere."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_EXITS_SHOWN = 3
+
+
+class ProgressDisplay:
+    """`update` after every logged step, `note` for anything else worth a line."""
+
+    def __init__(self, first_step: int, total_steps: int, enabled: bool = True):
+        self._console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        self._first, self._total, self._start = first_step, total_steps, time.monotonic()
+        self._exit_losses: dict[int, float] = {}
+        self._bar = None
+        if self._console.is_terminal and enabled:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=self._console)
+            self._task = self._bar.add_task("", total=total_steps, completed=first_step)
+            self._bar.start()
+
+    def update(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        text = f"loss {record['final_loss']:.3f}{self._exit_text(record)}"
+        text += f"  {record['tokens_per_second']:,.0f} tokens/s"
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=text)
+        else:
+            elapsed = time.monotonic() - self._start
+            remaining = elapsed / max(step - self._first, 1) * (self._total - step)
+            self._console.print(f"step {step}/{self._total}  {text}  ETA {format_duration(remaining)}")
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def _exit_text(self, record: dict[str, Any]) -> str:
+        """The latest loss of a few exits: a rotating curriculum trains only some at a step."""
+        *early, _ = sorted((int(layer), loss) for layer, loss in record["exit_losses"].items())
+        self._exit_losses |= dict(early)
+        layers = sorted(self._exit_losses)
+        shown = layers[:: -(-len(layers) // _EXITS_SHOWN)] if layers else []
+        return "".join(f"  exit {layer}: {self._exit_losses[layer]:.2f}" for layer in shown)
+
+
+def format_duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,148 @@
+"""One training step, and one evaluation step: pure functions of arrays, jitted once."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lsjax.config import Config, LayerSkipConfig
+from lsjax.data.batch import Batch
+from lsjax.layerskip.dropout import draw_layer_mask, layer_dropout_rates
+from lsjax.layerskip.exits import exit_curriculum, exit_weights
+from lsjax.layerskip.loss import multi_exit_loss
+from lsjax.model.transformer import Params, init_params
+from lsjax.scale.sharding import batch_sharding, tree_shardings
+from lsjax.training.optimizer import learning_rate_schedule, make_optimizer
+
+
+class TrainState(NamedTuple):
+    """`step` counts finished steps: the next one to run is step number `step` (t of the equations)."""
+
+    step: jax.Array
+    params: Params
+    optimizer: optax.OptState
+
+
+class StepMetrics(NamedTuple):
+    """Device arrays of one step. `loss` is J (Eq. 5) a token; `exit_losses` [L] is 0 where `exit_active` is not."""
+
+    loss: jax.Array
+    exit_losses: jax.Array
+    exit_active: jax.Array
+    gradient_norm: jax.Array
+    learning_rate: jax.Array
+    layer_dropout_rate: jax.Array
+
+
+class Recipe(NamedTuple):
+    """What LayerSkip does at one step, as arrays [L]."""
+
+    dropout_rates: jax.Array
+    exit_active: jax.Array
+    exit_weights: jax.Array
+
+
+def recipe_at(step: jax.Array | int, config: Config) -> Recipe:
+    s: LayerSkipConfig = config.layerskip
+    layers, total = config.model.num_layers, config.training.total_steps
+    rates = layer_dropout_rates(
+        layers, s.dropout_max_rate, step, total, s.dropout_depth_schedule, s.dropout_time_schedule
+    )
+    active = exit_curriculum(s.exit_curriculum, layers, step, total, s.exit_rotation)
+    return Recipe(rates, active, exit_weights(layers, s.exit_scale, active))
+
+
+def compute_dtype(config: Config) -> jnp.dtype:
+    """float32 on CPU, where bfloat16 is slow; bfloat16 elsewhere, with float32 master weights."""
+    name = config.training.compute_dtype
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def init_state(config: Config) -> TrainState:
+    """Random parameters from training.seed, and a fresh optimizer."""
+    params = init_params(jax.random.key(config.training.seed), config.model)
+    return TrainState(jnp.int32(0), params, make_optimizer(config.training).init(params))
+
+
+def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+    return tree_shardings(jax.eval_shape(lambda: init_state(config)), mesh)
+
+
+def make_train_step(config: Config, mesh: Mesh):
+    """jitted (state, batch) -> (state, StepMetrics). `state` is donated; rotation of exits never recompiles."""
+    shardings = state_shardings(config, mesh)
+    replicated = NamedSharding(mesh, P())
+    return jax.jit(
+        functools.partial(train_step, config=config, gradient_shardings=shardings.params),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
+
+
+def train_step(state: TrainState, batch: Batch, *, config: Config, gradient_shardings=None):
+    """One optimizer update from one batch [B, S] (split into gradient_accumulation parts)."""
+    recipe = recipe_at(state.step, config)
+    gradients, loss, exit_losses = _accumulate(state, batch, recipe, config)
+    if gradient_shardings is not None:  # the compiler, left alone, has replicated gradients
+        gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
+    updates, optimizer = make_optimizer(config.training).update(gradients, state.optimizer, state.params)
+    metrics = StepMetrics(
+        loss=loss,
+        exit_losses=exit_losses,
+        exit_active=recipe.exit_active,
+        gradient_norm=optax.global_norm(gradients),
+        learning_rate=jnp.float32(learning_rate_schedule(config.training)(state.step + 1)),
+        layer_dropout_rate=jnp.mean(recipe.dropout_rates),
+    )
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer), metrics
+
+
+def _accumulate(state: TrainState, batch: Batch, recipe: Recipe, config: Config):
+    """Mean gradient, loss and exit losses per learned token, over the microbatches."""
+    t = config.training
+    tokens = jnp.maximum(jnp.sum(batch.weights), 1.0)
+    key = jax.random.fold_in(jax.random.key(t.seed + 1), state.step)
+    gradient_of = jax.value_and_grad(_loss_sum, has_aux=True)
+
+    def microbatch(index, part):
+        mask_key = jax.random.fold_in(key, index)
+        (loss, exit_losses), gradients = gradient_of(state.params, part, recipe, mask_key, config)
+        return gradients, loss, exit_losses
+
+    if t.gradient_accumulation == 1:
+        total = microbatch(0, batch)
+    else:
+        # Row r goes to part r mod A: each part then has rows of every device, and nothing moves.
+        parts = jax.tree.map(lambda a: a.reshape(-1, t.gradient_accumulation, a.shape[1]).swapaxes(0, 1), batch)
+        add = lambda total, x: (jax.tree.map(jnp.add, total, microbatch(*x)), None)  # noqa: E731
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(microbatch, 0, jax.tree.map(lambda a: a[0], parts)))
+        total, _ = jax.lax.scan(add, zeros, (jnp.arange(t.gradient_accumulation), parts))
+    return jax.tree.map(lambda a: a / tokens, total)
+
+
+def _loss_sum(params: Params, batch: Batch, recipe: Recipe, mask_key: jax.Array, config: Config):
+    t, s = config.training, config.layerskip
+    dtype = compute_dtype(config)
+    mask = None
+    if s.dropout_max_rate > 0:
+        mask = draw_layer_mask(
+            mask_key, recipe.dropout_rates, batch.tokens.shape[0], s.dropout_granularity, s.dropout_rescale
+        )
+    return multi_exit_loss(
+        jax.tree.map(lambda a: a.astype(dtype), params),
+        batch,
+        config.model,
+        exit_weights=recipe.exit_weights,
+        exit_active=recipe.exit_active,
+        layer_mask=mask,
+        loss_chunk=t.loss_chunk,
+        rematerialize=t.rematerialize,
+        unroll=t.scan_unroll,
+    )
