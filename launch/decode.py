@@ -1,0 +1,98 @@
+"""Decodes with a trained model and reports speed: autoregressive, early exit, self-speculative.
+
+On text that the run held out, or on a prompt of yours:
+
+  python launch/decode.py --model=runs/demo --exit_layer=2 --num_speculations=4 --report=report.json
+  python launch/decode.py --model=runs/demo --prompt="def main():"
+
+Times never include compilation, repeats of the strategies are interleaved, and speeds are medians over the
+prompts. `speed-up` is against this run's own autoregressive decoding of the same prompts, and "same tokens" says
+whether the tokens are exactly its tokens: always so for self_speculative in float32.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from lsjax import commands
+from lsjax.errors import UserError
+
+NAMES = ("autoregressive", "early_exit", "self_speculative")
+MODEL = flags.DEFINE_string("model", None, "Training workdir.", required=True)
+PROMPT = flags.DEFINE_string("prompt", None, "One prompt; its continuations are printed.")
+PROMPTS = flags.DEFINE_string("prompts", None, 'A .jsonl file of {"prompt": TEXT} lines.')
+NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 8, "Held-out prompts to take when none are given.", lower_bound=1)
+PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 64, "Length of the held-out prompts.", lower_bound=1)
+STRATEGIES = flags.DEFINE_list("strategies", ",".join(NAMES), f"Which of {', '.join(NAMES)} to run.")
+EXIT_LAYER = flags.DEFINE_integer("exit_layer", None, "E: layers that draft (default: a quarter of the layers).")
+NUM_SPECULATIONS = flags.DEFINE_integer("num_speculations", 4, "d: tokens drafted a round.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Prompts decoded together.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate for each prompt.")
+REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements of each prompt and strategy.")
+REPORT = flags.DEFINE_string("report", None, "Write the results to this JSON file.")
+
+
+def main() -> None:
+    from lsjax.decoding.benchmark import benchmark
+    from lsjax.evaluation.tables import decoding_table, print_table
+    from lsjax.files import write_atomically
+    from lsjax.loading import load
+
+    if REPORT.value and not Path(REPORT.value).absolute().parent.is_dir():
+        raise UserError(f"cannot write --report={REPORT.value}: its folder does not exist")
+    model = load(MODEL.value)
+    report = benchmark(
+        model,
+        _prompts(),
+        _strategies(model.config.num_layers),
+        max_new_tokens=MAX_NEW_TOKENS.value,
+        batch_size=BATCH_SIZE.value,
+        repeats=REPEATS.value,
+        note=print,
+    )
+    print_table(decoding_table(report))
+    if PROMPT.value:
+        _print_texts(model)
+    if REPORT.value:
+        write_atomically(Path(REPORT.value), json.dumps(report, indent=2))
+        print(f"report: {REPORT.value}")
+
+
+def _prompts() -> list:
+    from lsjax.prompts import held_out_prompts, read_prompts
+
+    if PROMPT.value is not None and PROMPTS.value is not None:
+        raise UserError("give --prompt or --prompts, not both")
+    if PROMPT.value is not None:
+        return [PROMPT.value]
+    if PROMPTS.value is not None:
+        return read_prompts(Path(PROMPTS.value))
+    return held_out_prompts(Path(MODEL.value), NUM_PROMPTS.value, PROMPT_TOKENS.value)
+
+
+def _strategies(num_layers: int) -> list:
+    from lsjax.decoding.strategies import Autoregressive, EarlyExit, SelfSpeculative
+
+    exit_layer = EXIT_LAYER.value if EXIT_LAYER.value is not None else max(1, num_layers // 4)
+    makers = {
+        "autoregressive": lambda: Autoregressive(),
+        "early_exit": lambda: EarlyExit(exit_layer),
+        "self_speculative": lambda: SelfSpeculative(exit_layer, NUM_SPECULATIONS.value),
+    }
+    unknown = [name for name in STRATEGIES.value if name not in makers]
+    if unknown or not STRATEGIES.value:
+        raise UserError(f"--strategies: {unknown[0] if unknown else 'empty'!r} is not one of {', '.join(NAMES)}")
+    return [makers[name]() for name in STRATEGIES.value]
+
+
+def _print_texts(model) -> None:
+    from lsjax.decoding.generate import generate
+
+    for strategy in _strategies(model.config.num_layers):
+        text = generate(model, [PROMPT.value], MAX_NEW_TOKENS.value, strategy).text[0]
+        print(f"\n--- {strategy.name}\n{PROMPT.value}{text}")
+
+
+if __name__ == "__main__":
+    commands.run(main)

@@ -1,0 +1,33 @@
+"""Trains a Llama with LayerSkip: layer dropout and early-exit loss (arXiv 2404.16710).
+
+  python launch/train.py --config=configs/demo.py --workdir=runs/demo
+
+Any key of the configuration can be set on the command line:
+
+  python launch/train.py --config=configs/demo.py --workdir=runs/wide --config.model.width=384
+
+The same command resumes from the latest checkpoint in the workdir; Ctrl-C saves first. The workdir then holds
+checkpoints/, metrics.jsonl, evaluations.jsonl, tensorboard/, config.json and tokenizer.json, and is what
+launch/decode.py --model= takes.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from lsjax import commands
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, such as configs/demo.py.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; created, or resumed from.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    config = commands.read_config(CONFIG)
+
+    from lsjax.training.loop import train  # after the check: a wrong key fails at once
+
+    train(config, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    commands.run(main)

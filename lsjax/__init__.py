@@ -1,0 +1,31 @@
+"""lsjax: LayerSkip in JAX. Train a Llama whose early layers can already predict, then decode faster with it."""
+
+from lsjax.config import Config, ModelConfig, default_config
+from lsjax.decoding.generate import GenerateResult, generate
+from lsjax.decoding.strategies import Autoregressive, EarlyExit, SelfSpeculative
+from lsjax.errors import UserError
+from lsjax.layerskip.dropout import layer_dropout_rates
+from lsjax.layerskip.exits import exit_curriculum, exit_weights
+from lsjax.loading import Model, load
+from lsjax.model.transformer import forward, hidden_states
+from lsjax.training.loop import train
+
+__all__ = [
+    "Autoregressive",
+    "Config",
+    "EarlyExit",
+    "GenerateResult",
+    "Model",
+    "ModelConfig",
+    "SelfSpeculative",
+    "UserError",
+    "default_config",
+    "exit_curriculum",
+    "exit_weights",
+    "forward",
+    "generate",
+    "hidden_states",
+    "layer_dropout_rates",
+    "load",
+    "train",
+]

@@ -1,0 +1,63 @@
+"""What every command in launch/ shares: flags parsed with one-line errors, exit status 2 on bad input."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from lsjax.config import Config
+from lsjax.errors import UserError
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a command. Bad flags and UserError print one line on standard error and exit with status 2."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.set_verbosity(logging.WARNING)
+    app.run(lambda _: _guarded(main), flags_parser=_parse)
+
+
+def fail(message: object) -> None:
+    name = os.path.basename(sys.argv[0])
+    print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read_config(flag: flags.FlagHolder) -> Config:
+    """The checked configuration of a --config flag; UserError when its file is missing or wrong."""
+    try:
+        tree = flag.value.to_dict()
+    except Exception as error:  # whatever the configuration file, a program, may raise
+        raise UserError(f"cannot load the file of --{flag.name}: {error.__cause__ or error}") from None
+    return Config.from_dict(tree)
+
+
+def _guarded(main: Callable[[], int | None]) -> int:
+    try:
+        return main() or 0
+    except UserError as error:
+        fail(error)
+    except BrokenPipeError:  # the reader of our output went away
+        os._exit(1)
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(arguments)
+    except (AttributeError, KeyError) as error:  # ml_collections, on a key that the config does not have
+        detail = re.sub(r"(?:\\n|[\n'])+", " ", str(error.args[0])).strip() if error.args else ""
+        fail(f"unknown config key {detail} (lsjax/config.py lists them all)")
+    except (flags.Error, TypeError, ValueError) as error:
+        fail(f"{error} (see --help)")
+    if len(rest) > 1:
+        fail(f"unexpected argument {rest[1]!r}; every option is --name=value (see --help)")
+    return rest
+
+
+def integers(flag: flags.FlagHolder) -> tuple[int, ...]:
+    """The numbers of a comma-separated flag."""
+    try:
+        return tuple(int(value) for value in flag.value)
+    except ValueError:
+        raise UserError(f"--{flag.name} wants numbers separated by commas, got {','.join(flag.value)!r}") from None

@@ -1,0 +1,118 @@
+"""Fair comparisons of decoding strategies: same prompts, repeats interleaved, medians, compilation apart."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from lsjax.decoding.generate import DecodeProgram, GenerateResult, PromptBatch
+from lsjax.decoding.strategies import Autoregressive, Strategy
+from lsjax.errors import UserError
+from lsjax.loading import Model
+
+
+def benchmark(
+    model: Model,
+    prompts: Sequence[str | Sequence[int]],
+    strategies: Sequence[Strategy],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 1,
+    repeats: int = 3,
+    note: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Runs every strategy on every prompt `repeats` times; returns the report of launch/decode.py as a dict.
+
+    Autoregressive decoding always runs too: it is what `speedup` and `matches_autoregressive` compare with.
+    Prompts go in groups of batch_size; a last group that is not full is filled up from the first prompts.
+    """
+    if batch_size < 1 or repeats < 1:
+        raise UserError(f"batch_size ({batch_size}) and repeats ({repeats}) must be at least 1")
+    strategies = [Autoregressive(), *(s for s in strategies if s != Autoregressive())]
+    groups = [_group(prompts, start, batch_size) for start in range(0, len(prompts), batch_size)]
+    batches = [PromptBatch.make(model, group, max_new_tokens) for group in groups]
+    trials = [_Trial(model, strategy, batches) for strategy in strategies]
+    for index, trial in enumerate(trials, 1):
+        note(f"compiling {index}/{len(trials)}: {trial.label}")
+        trial.compile()
+    for repeat in range(repeats):
+        note(f"measuring, round {repeat + 1}/{repeats}: {len(trials)} settings on {len(prompts)} prompt(s)")
+        for batch_index in range(len(batches)):
+            for trial in trials:
+                trial.measure(batch_index)
+    return {
+        "model": model.path,
+        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+        "jax_version": jax.__version__,
+        "max_new_tokens": max_new_tokens,
+        "prompts": len(prompts),
+        "repeats": repeats,
+        "runs": [trial.summary(trials[0]) for trial in trials],
+    }
+
+
+def _group(prompts: Sequence, start: int, size: int) -> list:
+    return [prompts[(start + offset) % len(prompts)] for offset in range(size)]
+
+
+class _Trial:
+    """One strategy and all its measurements: results[batch][repeat]."""
+
+    def __init__(self, model: Model, strategy: Strategy, batches: list[PromptBatch]):
+        self.model, self.strategy, self.batches = model, strategy, batches
+        self.programs = [DecodeProgram(model.config, strategy, batch) for batch in batches]
+        self.results: list[list[GenerateResult]] = [[] for _ in batches]
+        self.compile_seconds = 0.0
+
+    @property
+    def label(self) -> str:
+        exit_layer = getattr(self.strategy, "exit_layer", None)
+        drafts = getattr(self.strategy, "num_speculations", None)
+        parts = [f"exit layer {exit_layer}" if exit_layer else "", f"{drafts} drafts" if drafts else ""]
+        return ", ".join([self.strategy.name, *(part for part in parts if part)])
+
+    def compile(self) -> None:
+        weights = self.model.decoder_weights
+        self.compile_seconds = sum(program.compile(weights) for program in self.programs)
+        self.programs[0].run(self.model, self.batches[0])  # warm-up, not counted
+
+    def measure(self, index: int) -> None:
+        self.results[index].append(self.programs[index].run(self.model, self.batches[index]))
+
+    def median(self, index: int, key: str) -> float | None:
+        values = [result.stats[0][key] for result in self.results[index]]
+        return None if None in values else statistics.median(values)
+
+    def medians(self, key: str) -> list[float]:
+        values = (self.median(index, key) for index in range(len(self.batches)))
+        return [value for value in values if value is not None]
+
+    def summary(self, reference: "_Trial") -> dict[str, Any]:
+        rows = [row for results in self.results for row in results[0].stats]
+        drafted, rounds = sum(row["drafted"] for row in rows), sum(row["rounds"] for row in rows)
+        new_tokens = sum(row["new_tokens"] for row in rows)
+        pairs = zip(reference.medians("ms_per_token"), self.medians("ms_per_token"), strict=True)
+        return {
+            "strategy": self.strategy.name,
+            "exit_layer": rows[0]["exit_layer"],
+            "num_speculations": rows[0]["num_speculations"],
+            "batch_size": rows[0]["batch_size"],
+            "new_tokens": new_tokens,
+            "seconds": sum(self.medians("seconds")),
+            "ms_per_token": _median(self.medians("ms_per_token")),
+            "tokens_per_second": _median(self.medians("tokens_per_second")),
+            "time_to_first_token_ms": _median(self.medians("time_to_first_token_ms")),
+            "acceptance_rate": sum(row["accepted"] for row in rows) / drafted if drafted else None,
+            "tokens_per_round": (new_tokens - len(rows)) / rounds if rounds else None,
+            "speedup": _median([theirs / ours for theirs, ours in pairs]),
+            "matches_autoregressive": self._tokens() == reference._tokens(),
+            "compile_seconds": self.compile_seconds,
+        }
+
+    def _tokens(self) -> list[list[list[int]]]:
+        return [results[0].tokens for results in self.results]
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None

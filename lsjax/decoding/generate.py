@@ -1,0 +1,179 @@
+"""`generate`: prompts in, texts out, by any strategy; and the compiled programs behind it."""
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsjax.config import ModelConfig
+from lsjax.decoding.loops import Decoding, autoregressive_loop, begin, self_speculative_loop
+from lsjax.decoding.passes import Weights, init_cache, prefill
+from lsjax.decoding.strategies import Autoregressive, SelfSpeculative, Strategy, check_strategy, lookahead
+from lsjax.errors import UserError
+from lsjax.loading import Model
+
+_CAPACITY_STEP = 64
+_SMALLEST_BUCKET = 16
+
+
+class GenerateResult(NamedTuple):
+    """One entry a prompt: new token ids (the stop token included), their text, and what the decoding did."""
+
+    tokens: list[list[int]]
+    text: list[str]
+    stats: list[dict[str, Any]]
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str | Sequence[int]],
+    max_new_tokens: int,
+    strategy: Strategy = Autoregressive(),  # noqa: B008 (frozen)
+) -> GenerateResult:
+    """Greedy continuations of prompts (texts or token lists, of any lengths) in one batch.
+
+    A row's result does not depend on the others. Generation ends at the tokenizer's stop token or after
+    max_new_tokens. Raises UserError on an empty or too long prompt, a token or an exit layer out of range.
+    """
+    batch = PromptBatch.make(model, prompts, max_new_tokens)
+    program = DecodeProgram(model.config, strategy, batch)
+    program.compile(model.decoder_weights)
+    return program.run(model, batch)
+
+
+class PromptBatch(NamedTuple):
+    """Prompts ready for the device: tokens [B, bucket] right-padded, lengths [B]."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    max_new_tokens: int
+    stop: np.ndarray
+
+    @classmethod
+    def make(cls, model: Model, prompts: Sequence[str | Sequence[int]], max_new_tokens: int) -> "PromptBatch":
+        if isinstance(prompts, str) or not len(prompts):
+            raise UserError("prompts must be a list of at least one text or token list")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        rows = [_encode(model, index, prompt, max_new_tokens) for index, prompt in enumerate(prompts)]
+        lengths = np.array([len(row) for row in rows], np.int32)
+        tokens = np.zeros((len(rows), _bucket(int(lengths.max()))), np.int32)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)] = row
+        return cls(tokens, lengths, max_new_tokens, np.array(model.tokenizer.stop, np.int32))
+
+
+def _encode(model: Model, index: int, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
+    if isinstance(prompt, str) and not prompt:
+        raise UserError(f"prompt {index} is empty")
+    row = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    if not row:
+        raise UserError(f"prompt {index} is empty")
+    bad = [token for token in row if not 0 <= token < model.config.vocab_size]
+    if bad:
+        raise UserError(f"prompt {index} holds token {bad[0]}, outside the vocabulary 0..{model.config.vocab_size - 1}")
+    context = model.config.context_length
+    if len(row) + max_new_tokens > context:
+        raise UserError(
+            f"prompt {index} has {len(row)} tokens; with max_new_tokens={max_new_tokens} that exceeds the model's "
+            f"context of {context}"
+        )
+    return row
+
+
+def _bucket(length: int) -> int:
+    """Prompt lengths rounded up to a power of two, so that a new length seldom compiles anew."""
+    return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+class DecodeProgram:
+    """Prefill and decoding loop of one strategy, compiled ahead for the shapes of a batch."""
+
+    def __init__(self, config: ModelConfig, strategy: Strategy, batch: PromptBatch):
+        check_strategy(strategy, config.num_layers)
+        rows, bucket = batch.tokens.shape
+        new = -(-batch.max_new_tokens // _CAPACITY_STEP) * _CAPACITY_STEP
+        capacity = -(-(bucket + new + lookahead(strategy)) // _CAPACITY_STEP) * _CAPACITY_STEP
+        self.strategy = strategy
+        self._arguments = (config, strategy, rows, bucket, capacity, new + lookahead(strategy), batch.stop.size)
+
+    def compile(self, weights: Weights) -> float:
+        """Compiles for these weights unless done before; seconds it took."""
+        began = time.perf_counter()
+        layout = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
+        leaves, tree = jax.tree.flatten(layout)
+        self._prefill, self._decode = _compiled(tree, tuple(leaves), *self._arguments)
+        return time.perf_counter() - began
+
+    def run(self, model: Model, batch: PromptBatch) -> GenerateResult:
+        """Decodes, timing prefill (to the first token) and the loop; compilation is never inside."""
+        weights = model.decoder_weights
+        limit, stop = jnp.int32(batch.max_new_tokens), jnp.asarray(batch.stop)
+        tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)
+        jax.block_until_ready((weights, tokens, lengths, limit, stop))
+        began = time.perf_counter()
+        state = jax.block_until_ready(self._prefill(weights, tokens, lengths, limit, stop))
+        first = time.perf_counter()
+        state = jax.block_until_ready(self._decode(weights, state, limit, stop))
+        ended = time.perf_counter()
+        return self._result(model, jax.device_get(state._replace(cache=())), first - began, ended - first)
+
+    def _result(self, model: Model, state: Decoding, prefill_seconds: float, seconds: float) -> GenerateResult:
+        rows = len(state.emitted)
+        tokens = [state.tokens[row, : state.emitted[row]].tolist() for row in range(rows)]
+        # The loop emits all but the first token of each row, which is prefill's.
+        looped = int(state.emitted.sum()) - rows
+        common = {
+            "strategy": self.strategy.name,
+            "exit_layer": getattr(self.strategy, "exit_layer", None),
+            "num_speculations": getattr(self.strategy, "num_speculations", None),
+            "batch_size": rows,
+            "seconds": seconds,
+            "ms_per_token": 1e3 * seconds / looped if looped else None,
+            "tokens_per_second": looped / seconds if looped else None,
+            "time_to_first_token_ms": 1e3 * prefill_seconds,
+        }
+        stats = []
+        for row in range(rows):
+            drafted, rounds = int(state.drafted[row]), int(state.rounds[row])
+            counts = {
+                "new_tokens": len(tokens[row]),
+                "rounds": rounds,
+                "drafted": drafted,
+                "accepted": int(state.accepted[row]),
+                "acceptance_rate": state.accepted[row] / drafted if drafted else None,
+                "tokens_per_round": (len(tokens[row]) - 1) / rounds if rounds else None,
+            }
+            stats.append(common | counts)
+        return GenerateResult(tokens, [model.tokenizer.decode(row) for row in tokens], stats)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(tree, leaves, config: ModelConfig, strategy: Strategy, rows: int, bucket: int, capacity: int, room: int, stops: int):
+    """(prefill, decode) executables for these weights' layout and these shapes."""
+    weights = jax.tree.unflatten(tree, leaves)
+    dtype = weights["embed"].dtype
+    int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+    last_layer = strategy.exit_layer if strategy.name == "early_exit" else config.num_layers
+
+    def first_token(weights, tokens, lengths, limit, stop):
+        cache = init_cache(config, rows, capacity, dtype)
+        first, cache = prefill(weights, tokens, lengths, cache, config, range(last_layer))
+        return begin(cache, first, lengths, limit, stop, room)
+
+    def decode(weights, state, limit, stop):
+        if isinstance(strategy, SelfSpeculative):
+            drafting = (strategy.exit_layer, strategy.num_speculations)
+            return self_speculative_loop(weights, state, limit, stop, config, *drafting)
+        return autoregressive_loop(weights, state, limit, stop, config, last_layer)
+
+    inputs = (weights, int32(rows, bucket), int32(rows), int32(), int32(stops))
+    state = jax.eval_shape(first_token, *inputs)
+    return (
+        jax.jit(first_token).lower(*inputs).compile(),
+        jax.jit(decode, donate_argnums=1).lower(weights, state, int32(), int32(stops)).compile(),
+    )

@@ -1,0 +1,85 @@
+"""Passes of a few tokens through a range of layers, against the KV cache."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lsjax.config import ModelConfig
+from lsjax.model.attention import attention, causal_mask
+from lsjax.model.rope import rotation
+from lsjax.model.transformer import Params, apply_layer, exit_logits
+from pallas_kernels.kv_cache import reference as kv_cache
+
+Weights = dict[str, Any]
+Cache = tuple[kv_cache.LayerCache, ...]
+
+
+def decoder_weights(params: Params, dtype: jnp.dtype) -> Weights:
+    """Parameters for decoding: `layers` is a tuple of L trees, each layer's arrays its own, in `dtype`.
+
+    Layers inside one stacked array would be copied out of it at every step (XLA:CPU always, XLA:GPU in loops).
+    """
+    params = jax.tree.map(lambda a: jnp.asarray(a, dtype), params)
+    layers = params["layers"]
+    num_layers = jax.tree.leaves(layers)[0].shape[0]
+    return params | {"layers": tuple(jax.tree.map(lambda a: a[i], layers) for i in range(num_layers))}
+
+
+def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
+    """An empty cache of `capacity` tokens a row, one LayerCache a layer, each its own array."""
+    return tuple(
+        kv_cache.init_layer_cache(batch, config.num_kv_heads, capacity, config.head_width, dtype)
+        for _ in range(config.num_layers)
+    )
+
+
+def embed(weights: Weights, tokens: jax.Array) -> jax.Array:
+    """tokens [B, T] -> [B, T, D]."""
+    return weights["embed"][tokens]
+
+
+def greedy_tokens(weights: Weights, x: jax.Array, config: ModelConfig) -> jax.Array:
+    """The likeliest next token after states x [B, T, D]: int32 [B, T]. Ties go to the smallest id."""
+    return jnp.argmax(exit_logits(weights, x, config), axis=-1).astype(jnp.int32)
+
+
+def run_layers(
+    weights: Weights, x: jax.Array, cache: Cache, positions: jax.Array, layers: range, config: ModelConfig
+) -> tuple[jax.Array, Cache]:
+    """x [B, T, D], whose first token of row b stands at positions[b], through `layers`, writing their caches.
+
+    Returns (states after the last of them [B, T, D], the cache). The loop is unrolled: see decoder_weights.
+    """
+    cos_sin = rotation(positions[:, None] + jnp.arange(x.shape[1]), config)
+    cache = list(cache)
+    for index in layers:
+
+        def attend(q, k, v, old=cache[index]):
+            written = kv_cache.write(old, k, v, positions)
+            return kv_cache.attend(q, written, positions), written
+
+        x, cache[index] = apply_layer(weights["layers"][index], x, cos_sin, attend, config)
+    return x, tuple(cache)
+
+
+def prefill(
+    weights: Weights, tokens: jax.Array, lengths: jax.Array, cache: Cache, config: ModelConfig, layers: range
+) -> tuple[jax.Array, Cache]:
+    """Reads whole prompts: tokens [B, S], right-padded, of lengths [B]. Returns (first new token [B], cache).
+
+    Padding is written to the cache too, but past each row's length, where it is never read.
+    """
+    batch, length = tokens.shape
+    mask = causal_mask(jnp.zeros((batch, length), jnp.int32))
+    start = jnp.zeros(batch, jnp.int32)
+    cos_sin = rotation(jnp.broadcast_to(jnp.arange(length), (batch, length)), config)
+    x, cache = embed(weights, tokens), list(cache)
+    for index in layers:
+
+        def attend(q, k, v, old=cache[index]):
+            return attention(q, k, v, mask), kv_cache.write(old, k, v, start)
+
+        x, cache[index] = apply_layer(weights["layers"][index], x, cos_sin, attend, config)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+    return greedy_tokens(weights, last, config)[:, 0], tuple(cache)

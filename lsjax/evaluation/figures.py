@@ -1,0 +1,55 @@
+"""The picture of a run: loss by exit, speed and acceptance by setting."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from lsjax.evaluation.exits import ExitProfile
+from lsjax.files import write_atomically
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen first)
+
+
+def draw_run(path: Path, profile: ExitProfile, report: dict[str, Any], title: str) -> None:
+    """Writes a PNG with three panels from an exit profile and a decoding report over a grid of settings."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure.suptitle(title)
+    _draw_exits(left, profile)
+    runs = [run for run in report["runs"] if run["strategy"] == "self_speculative"]
+    _draw_grid(middle, runs, "speedup", "Self-speculation: speed-up over autoregressive", "{:.2f}")
+    _draw_grid(right, runs, "acceptance_rate", "Drafted tokens accepted", "{:.0%}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    plt.close(figure)
+    write_atomically(path, buffer.getvalue())
+
+
+def _draw_exits(axes, profile: ExitProfile) -> None:
+    layers = np.arange(1, len(profile.loss) + 1)
+    axes.plot(layers, profile.loss, "o-", color="tab:blue", label="loss")
+    axes.set(title="Held-out text, exit by exit", xlabel="exit layer", ylabel="loss (nats a token)", xticks=layers)
+    other = axes.twinx()
+    other.plot(layers, profile.agreement, "s--", color="tab:orange", label="agrees with the last layer")
+    other.set_ylim(0, 1.02)
+    other.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes.legend(handles=[axes.lines[0], other.lines[0]], loc="center right")
+
+
+def _draw_grid(axes, runs: list[dict[str, Any]], key: str, title: str, spec: str) -> None:
+    exits = sorted({run["exit_layer"] for run in runs})
+    drafts = sorted({run["num_speculations"] for run in runs})
+    grid = np.full((len(exits), len(drafts)), np.nan)
+    for run in runs:
+        grid[exits.index(run["exit_layer"]), drafts.index(run["num_speculations"])] = run[key]
+    axes.imshow(grid, cmap="viridis", aspect="auto")
+    middle = np.nanmean(grid) if runs else 0.0
+    for (row, column), value in np.ndenumerate(grid):
+        if np.isfinite(value):
+            color = "white" if value < middle else "black"
+            axes.text(column, row, spec.format(value), ha="center", va="center", color=color)
+    axes.set(title=title, xlabel="drafted tokens a round", ylabel="exit layer")
+    axes.set(xticks=range(len(drafts)), xticklabels=drafts, yticks=range(len(exits)), yticklabels=exits)

@@ -1,0 +1,53 @@
+"""Tables a person reads on a terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lsjax.evaluation.exits import ExitProfile
+
+
+def exit_table(profile: ExitProfile) -> Table:
+    """Held-out loss, accuracy and agreement with the last layer, a row an exit layer."""
+    table = Table(title="Held-out text, exit by exit", title_justify="left")
+    for name in ("exit layer", "loss (nats/token)", "next token right", "agrees with last layer"):
+        table.add_column(name, justify="right")
+    for layer, (loss, accuracy, agreement) in enumerate(zip(*profile, strict=True), 1):
+        table.add_row(str(layer), f"{loss:.3f}", f"{accuracy:.1%}", f"{agreement:.1%}")
+    return table
+
+
+def decoding_table(report: dict[str, Any]) -> Table:
+    """A row a run of a decoding report."""
+    table = Table(title=f"Decoding on {report['device']}", title_justify="left")
+    for name in ("strategy", "exit", "drafts", "batch", "tokens/s", "ms/token", "first token ms", "accepted"):
+        table.add_column(name, justify="left" if name == "strategy" else "right")
+    for name in ("tokens/round", "speed-up", "same tokens"):
+        table.add_column(name, justify="right")
+    for run in report["runs"]:
+        table.add_row(
+            run["strategy"],
+            _text(run["exit_layer"]),
+            _text(run["num_speculations"]),
+            _text(run["batch_size"]),
+            _text(run["tokens_per_second"], ".0f"),
+            _text(run["ms_per_token"], ".2f"),
+            _text(run["time_to_first_token_ms"], ".1f"),
+            _text(run["acceptance_rate"], ".0%"),
+            _text(run["tokens_per_round"], ".2f"),
+            _text(run["speedup"], ".2f"),
+            "yes" if run["matches_autoregressive"] else "no",
+        )
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Wide enough for its content, so that a log file holds whole rows."""
+    console = Console(highlight=False)
+    needed = console.measure(table).maximum
+    console.print(table, width=max(needed, console.width) if not console.is_terminal else None)
+
+
+def _text(value: Any, spec: str = "") -> str:
+    return "-" if value is None else format(value, spec)

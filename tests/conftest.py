@@ -1,0 +1,69 @@
+"""Eight virtual CPU devices for every test, and small real parts to test with."""
+
+import dataclasses
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from lsjax.config import Config, ModelConfig  # noqa: E402 (the device count is set first)
+from lsjax.model.transformer import init_params  # noqa: E402
+
+TINY = ModelConfig(
+    num_layers=4,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_width=8,
+    feed_forward_width=48,
+    vocab_size=320,
+    context_length=128,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModelConfig:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_params():
+    """Random parameters ten times larger than a fresh model's: every layer then matters to the output."""
+    return jax.tree.map(lambda a: a * 10 if a.ndim > 2 else a, init_params(jax.random.key(0), TINY))
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """A folder of real text: some modules of the standard library, small enough to tokenize at once."""
+    import json as _json
+    import pathlib
+
+    source = pathlib.Path(_json.__file__).parent.parent
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("argparse", "ast", "bisect", "calendar", "cmd", "code", "copy", "csv", "dis", "glob", "heapq", "shlex"):
+        (folder / f"{name}.py").write_text((source / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def tiny_run(text_folder) -> Config:
+    """A training run of seconds on that text."""
+    config = Config(model=TINY)
+    return dataclasses.replace(
+        config,
+        layerskip=dataclasses.replace(config.layerskip, exit_rotation=3),
+        data=dataclasses.replace(config.data, corpus=str(text_folder), held_out_fraction=0.2),
+        training=dataclasses.replace(
+            config.training,
+            total_steps=12,
+            batch_size=8,
+            sequence_length=32,
+            warmup_steps=2,
+            log_every_steps=1,
+            loss_chunk=64,
+        ),
+        checkpoint=dataclasses.replace(config.checkpoint, every_steps=5),
+        evaluation=dataclasses.replace(config.evaluation, every_steps=6, max_batches=2),
+    )

@@ -1,0 +1,155 @@
+"""From text to batches: nothing lost, nothing shared between the splits, the same on any number of hosts."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from lsjax.config import DataConfig
+from lsjax.data.corpus import load_corpus
+from lsjax.data.packing import pack, prepare, read_manifest
+from lsjax.data.pipeline import held_out_batches, training_batches, unpack
+from lsjax.data.tokenizer import load_tokenizer, train_tokenizer
+from lsjax.errors import UserError
+
+
+def test_the_embedded_corpus_is_the_standard_library():
+    corpus = load_corpus(DataConfig())
+    found = corpus.fingerprint()
+    assert 300 < found["documents"] < 900
+    assert 6e6 < found["bytes"] < 12e6
+    assert found == load_corpus(DataConfig()).fingerprint()
+    names = {d.name for d in corpus.train} | {d.name for d in corpus.held_out}
+    assert "argparse.py" in names
+    assert not any("site-packages" in name or name.startswith(("test/", "idlelib/")) for name in names)
+    assert not {d.name for d in corpus.train} & {d.name for d in corpus.held_out}
+
+
+def test_folder_and_jsonl_give_the_same_documents(text_folder, tmp_path):
+    folder = load_corpus(DataConfig(corpus=str(text_folder), held_out_fraction=0.5))
+    texts = sorted(d.text for d in folder.train + folder.held_out)
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    rows = load_corpus(DataConfig(corpus=str(path), text_key="body", held_out_fraction=0.5))
+    assert sorted(d.text for d in rows.train + rows.held_out) == texts
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "neither"),
+        ("", "is empty"),
+        ('{"text": "a"}\nnot json\n', r"corpus.jsonl:2: want a JSON object"),
+        ('{"other": "a"}\n', r'corpus.jsonl:1: want a JSON object with a "text"'),
+        ('{"text": 3}\n', "not a string"),
+        ('{"text": "only one"}\n', "too few to split"),
+    ],
+)
+def test_a_bad_corpus_is_named(tmp_path, content, message):
+    path = tmp_path / "corpus.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_corpus(DataConfig(corpus=str(path)))
+
+
+def test_binary_and_hidden_files_are_left_out(tmp_path):
+    (tmp_path / "image.bin").write_bytes(b"\xff\xfe\x00\x80")
+    (tmp_path / ".hidden").write_text("secret")
+    for index in range(8):
+        (tmp_path / f"{index}.txt").write_text(f"text {index}")
+    corpus = load_corpus(DataConfig(corpus=str(tmp_path), held_out_fraction=0.4))
+    assert sorted(d.name for d in corpus.train + corpus.held_out) == [f"{i}.txt" for i in range(8)]
+
+
+def test_the_tokenizer_round_trips_any_text_and_reloads(text_folder, tmp_path):
+    texts = [path.read_text() for path in sorted(text_folder.iterdir())]
+    tokenizer = train_tokenizer(texts, 400)
+    assert tokenizer.vocab_size == 400
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    for text in [*texts[:2], "tabs\t, ünïcödé, 漢字 and \x00 bytes 🙂", "  leading spaces"]:
+        ids = tokenizer.encode(text)
+        assert ids[0] == tokenizer.begin
+        assert tokenizer.decode(ids) == text
+        assert again.encode(text) == ids
+    *_, last = tokenizer.encode_documents(texts)
+    assert last[0] == tokenizer.begin
+    assert last[-1] == tokenizer.stop[0]
+    # The text of a special token in a document is not the special token.
+    assert tokenizer.stop[0] not in tokenizer.encode("a <|end_of_text|> b")
+
+
+def test_packing_loses_nothing_but_the_tail():
+    documents = [list(range(start, start + size)) for start, size in ((0, 7), (100, 3), (200, 25), (300, 2))]
+    windows = list(pack(documents, 8))
+    flat = sum(documents, [])
+    assert len(windows) == (len(flat) - 1) // 8
+    for index, (tokens, owners) in enumerate(windows):
+        assert tokens.tolist() == flat[8 * index : 8 * index + 9]
+        assert owners.tolist() == [token // 100 for token in tokens]
+
+
+def test_unpacked_documents_start_anew_and_never_predict_each_other():
+    tokens = np.arange(10, 17, dtype=np.int32)
+    owners = np.array([4, 4, 5, 5, 5, 6, 6], np.int32)
+    batch = unpack(np.stack([tokens, owners]).tobytes(), 6)
+    assert batch.tokens.tolist() == [10, 11, 12, 13, 14, 15]
+    assert batch.targets.tolist() == [11, 12, 13, 14, 15, 16]
+    assert batch.weights.tolist() == [1, 0, 1, 1, 0, 1]
+    assert batch.positions.tolist() == [0, 1, 0, 1, 2, 0]
+    assert batch.segment_ids.tolist() == [0, 0, 1, 1, 1, 2]
+
+
+@pytest.fixture
+def packed(tiny_run, tmp_path):
+    directory = tmp_path / "data"
+    prepare(tiny_run, directory, lambda _: None)
+    return directory
+
+
+def rows(batches, count):
+    return [np.asarray(next(batches).tokens) for _ in range(count)]
+
+
+def test_batches_are_the_same_on_any_number_of_hosts_and_from_any_start(packed):
+    whole = rows(training_batches(packed, 8, 32, seed=3), 12)
+    for hosts in (2, 4):
+        parts = [training_batches(packed, 8, 32, seed=3, host=h, num_hosts=hosts) for h in range(hosts)]
+        for step in range(12):
+            assert (np.concatenate([next(part).tokens for part in parts]) == whole[step]).all()
+    resumed = rows(training_batches(packed, 8, 32, seed=3, first_batch=5), 7)
+    assert all((a == b).all() for a, b in zip(resumed, whole[5:], strict=True))
+    other = rows(training_batches(packed, 8, 32, seed=4), 1)
+    assert (other[0] != whole[0]).any()
+
+
+def test_an_epoch_reads_every_sequence_once(packed):
+    total = read_manifest(packed)["splits"]["train"]["sequences"]
+    seen = np.concatenate(rows(training_batches(packed, 1, 32, seed=0), total))
+    assert len({row.tobytes() for row in seen}) >= total - 2  # two windows may hold the same text
+
+
+def test_held_out_batches_are_whole_and_fixed(packed):
+    first = held_out_batches(packed, 8, 32, max_batches=2)
+    assert len(first) == 2
+    assert all(batch.tokens.shape == (8, 32) for batch in first)
+    halves = [held_out_batches(packed, 8, 32, 2, host=h, num_hosts=2) for h in range(2)]
+    assert (np.concatenate([half[1].tokens for half in halves]) == first[1].tokens).all()
+
+
+def test_packed_data_is_reused_only_for_the_same_request(packed, tiny_run):
+    before = (packed / "train.arrayrecord").stat().st_mtime_ns
+    prepare(tiny_run, packed, lambda _: None)
+    assert (packed / "train.arrayrecord").stat().st_mtime_ns == before
+    longer = dataclasses.replace(tiny_run, training=dataclasses.replace(tiny_run.training, sequence_length=64))
+    with pytest.raises(UserError, match="holds data packed for"):
+        prepare(longer, packed, lambda _: None)
+
+
+def test_too_little_text_leaves_nothing_behind(tiny_run, tmp_path):
+    huge = dataclasses.replace(tiny_run, training=dataclasses.replace(tiny_run.training, sequence_length=10**6))
+    with pytest.raises(UserError, match="shorter than one sequence"):
+        prepare(huge, tmp_path / "data", lambda _: None)
+    assert list(tmp_path.iterdir()) == []

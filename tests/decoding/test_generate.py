@@ -1,0 +1,65 @@
+"""What `generate` and `benchmark` promise beyond the tokens: inputs refused, statistics that add up."""
+
+import pytest
+
+from lsjax.decoding.benchmark import benchmark
+from lsjax.decoding.generate import generate
+from lsjax.decoding.strategies import Autoregressive, EarlyExit, SelfSpeculative
+from lsjax.errors import UserError
+from lsjax.loading import Model
+from tests.decoding.test_loops import PROMPTS, NoTokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tiny_params):
+    return Model(tiny, tiny_params, NoTokenizer())
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "strategy", "message"),
+    [
+        ([], 4, Autoregressive(), "at least one"),
+        ("a text, not a list", 4, Autoregressive(), "must be a list"),
+        ([[1], []], 4, Autoregressive(), "prompt 1 is empty"),
+        ([""], 4, Autoregressive(), "prompt 0 is empty"),
+        ([[1, 320]], 4, Autoregressive(), "token 320, outside the vocabulary 0..319"),
+        ([[1, -1]], 4, Autoregressive(), "token -1, outside"),
+        ([[1] * 125], 4, Autoregressive(), "exceeds the model's context of 128"),
+        ([[1]], 0, Autoregressive(), "max_new_tokens must be at least 1"),
+        ([[1]], 4, EarlyExit(0), "exit_layer 0 is out of range: this model has layers 1..4"),
+        ([[1]], 4, SelfSpeculative(5, 2), "exit_layer 5 is out of range"),
+        ([[1]], 4, SelfSpeculative(2, 0), "num_speculations 0 is out of range"),
+    ],
+)
+def test_bad_input_is_named(model, prompts, new, strategy, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        generate(model, prompts, new, strategy)
+
+
+def test_the_longest_prompt_that_fits_the_context_decodes(model):
+    assert len(generate(model, [[1] * 124], 4, SelfSpeculative(2, 3)).tokens[0]) == 4
+
+
+def test_the_benchmark_report_is_consistent(model):
+    strategies = [Autoregressive(), EarlyExit(2), SelfSpeculative(2, 3), SelfSpeculative(4, 2)]
+    notes = []
+    report = benchmark(model, PROMPTS, strategies, max_new_tokens=9, batch_size=2, repeats=2, note=notes.append)
+    plain, early, spec, full = report["runs"]
+    assert [run["strategy"] for run in report["runs"]] == [
+        "autoregressive", "early_exit", "self_speculative", "self_speculative",
+    ]  # fmt: skip
+    # Three prompts in groups of two: the last group is filled up with the first prompt.
+    assert all(run["new_tokens"] == 4 * 9 and run["batch_size"] == 2 for run in report["runs"])
+    assert plain["speedup"] == 1.0
+    assert plain["matches_autoregressive"] and spec["matches_autoregressive"] and full["matches_autoregressive"]
+    assert early["matches_autoregressive"] == (
+        generate(model, PROMPTS, 9, EarlyExit(2)).tokens == generate(model, PROMPTS, 9).tokens
+    )
+    assert plain["acceptance_rate"] is None
+    assert plain["tokens_per_round"] == 1.0
+    assert full["acceptance_rate"] == 1.0
+    assert full["tokens_per_round"] == pytest.approx(8 / 3)
+    for run in report["runs"]:
+        # Two groups of equal size: the median of two is their mean.
+        assert run["ms_per_token"] == pytest.approx(1e3 * run["seconds"] / (4 * 8), rel=1e-6)
+    assert len(notes) == 4 + 2

@@ -1,0 +1,171 @@
+"""The three facts of greedy decoding in float32, against a decoder without cache or batch."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsjax.decoding.generate import DecodeProgram, PromptBatch, generate
+from lsjax.decoding.loops import begin, draft, self_speculative_loop
+from lsjax.decoding.passes import decoder_weights, init_cache, prefill, run_layers
+from lsjax.decoding.strategies import Autoregressive, EarlyExit, SelfSpeculative
+from lsjax.loading import Model
+from lsjax.model.transformer import forward, hidden_states
+
+PROMPTS = [[5, 9, 2], [7] * 17, [300, 1, 14, 15, 92, 6, 53]]
+NEW = 24
+
+
+class NoTokenizer:
+    """Token ids in, token ids out; `stop` as given."""
+
+    begin = None
+
+    def __init__(self, stop=()):
+        self.stop = tuple(stop) or (-1,)
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tiny_params):
+    return Model(tiny, tiny_params, NoTokenizer())
+
+
+@functools.lru_cache
+def reference_tokens(prompt: tuple, exit_layer: int) -> list[int]:
+    """Greedy decoding by running `forward` on the whole text again for every token."""
+    from tests.conftest import TINY
+
+    params = reference_tokens.params
+    run = jax.jit(lambda tokens, mask: forward(params, tokens, TINY, mask))
+    mask = jnp.asarray([1.0] * exit_layer + [0.0] * (TINY.num_layers - exit_layer))
+    tokens = list(prompt)
+    for _ in range(NEW):
+        # One padded shape: causality makes what stands after the last token irrelevant.
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(tokens)] = tokens
+        tokens.append(int(jnp.argmax(run(padded, mask)[0, len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _reference(tiny_params):
+    reference_tokens.params = tiny_params
+
+
+def test_autoregressive_equals_decoding_without_a_cache(model):
+    for prompt in PROMPTS:
+        assert generate(model, [prompt], NEW).tokens == [reference_tokens(tuple(prompt), 4)]
+
+
+@pytest.mark.parametrize("exit_layer", [1, 2, 3, 4])
+def test_early_exit_equals_the_first_layers_without_a_cache(model, exit_layer):
+    result = generate(model, PROMPTS, NEW, EarlyExit(exit_layer))
+    assert result.tokens == [reference_tokens(tuple(prompt), exit_layer) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("exit_layer", [1, 2, 3, 4])
+@pytest.mark.parametrize("drafts", [1, 2, 3, 5, 8])
+def test_self_speculation_equals_autoregressive_in_a_ragged_batch(model, exit_layer, drafts):
+    result = generate(model, PROMPTS, NEW, SelfSpeculative(exit_layer, drafts))
+    assert result.tokens == [reference_tokens(tuple(prompt), 4) for prompt in PROMPTS]
+
+
+def test_the_drafts_of_the_full_model_are_always_accepted(model):
+    stats = generate(model, PROMPTS, NEW, SelfSpeculative(4, 3)).stats
+    assert [row["acceptance_rate"] for row in stats] == [1.0] * 3
+    assert [row["tokens_per_round"] for row in stats] == [pytest.approx(23 / 6)] * 3
+
+
+def test_rounds_count_rejections_as_they_are(model):
+    """accepted + rounds = tokens the loop emitted: each round adds its accepted drafts and one verified token."""
+    for row in generate(model, PROMPTS, NEW, SelfSpeculative(2, 3)).stats:
+        # The last round may be cut at the limit, which loses its verified token.
+        assert row["accepted"] + row["rounds"] - (row["new_tokens"] - 1) in (0, 1)
+        assert 0 < row["accepted"] <= row["drafted"]
+
+
+@pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(2, 4), EarlyExit(2)])
+def test_a_row_does_not_depend_on_its_batch(model, strategy):
+    together = generate(model, PROMPTS * 2, NEW, strategy).tokens
+    alone = [generate(model, [prompt], NEW, strategy).tokens[0] for prompt in PROMPTS]
+    assert together == alone * 2
+
+
+@pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(2, 4), SelfSpeculative(4, 5)])
+def test_a_stop_token_ends_its_row_wherever_it_stands_in_a_block(tiny, tiny_params, strategy):
+    """Every token of the reference in turn is made the stop token: the row ends with its first occurrence."""
+    reference = [reference_tokens(tuple(prompt), 4) for prompt in PROMPTS]
+    for stop in sorted({row[index] for row in reference for index in range(0, NEW, 3)}):
+        model = Model(tiny, tiny_params, NoTokenizer([stop]))
+        expected = [row[: row.index(stop) + 1] if stop in row else row for row in reference]
+        assert generate(model, PROMPTS, NEW, strategy).tokens == expected
+
+
+@pytest.mark.parametrize("new", [1, 2, 5, 6, 7])
+def test_the_limit_is_exact(model, new):
+    tokens = generate(model, PROMPTS, new, SelfSpeculative(4, 3)).tokens
+    assert tokens == [reference_tokens(tuple(prompt), 4)[:new] for prompt in PROMPTS]
+
+
+def test_stale_cache_entries_never_leak(tiny, tiny_params):
+    """Entries past each row's length are NaN before every round, as if every rejected draft had left poison."""
+    weights = decoder_weights(tiny_params, jnp.float32)
+    prompt = PROMPTS[2]
+    tokens = jnp.asarray([prompt], jnp.int32)
+    first, cache = prefill(weights, tokens, jnp.array([7]), init_cache(tiny, 1, 64, jnp.float32), tiny, range(4))
+    stop, limit = jnp.array([-1]), jnp.int32(1000)
+    state = begin(cache, first, jnp.array([7]), limit, stop, 64)
+    one_round = jax.jit(
+        lambda state, limit: self_speculative_loop(weights, state, limit, stop, tiny, exit_layer=2, num_speculations=3)
+    )
+    while int(state.emitted[0]) < NEW:
+        stale = jnp.arange(64)[None, None, :, None] >= state.length[0]
+        poisoned = jax.tree.map(lambda a, stale=stale: jnp.where(stale, jnp.nan, a), state.cache)
+        # A limit one token ahead ends the loop after one round; the state then goes on.
+        state = one_round(state._replace(cache=poisoned, done=jnp.array([False])), state.emitted[0] + 1)
+    assert state.tokens[0, :NEW].tolist() == reference_tokens(tuple(prompt), 4)
+
+
+def test_draft_states_and_cache_are_those_of_a_full_pass(tiny, tiny_params):
+    """What verification starts from equals the hidden states and keys of the same tokens read at once."""
+    weights = decoder_weights(tiny_params, jnp.float32)
+    prompt = jnp.asarray([PROMPTS[2]], jnp.int32)
+    first, cache = prefill(weights, prompt, jnp.array([7]), init_cache(tiny, 1, 64, jnp.float32), tiny, range(4))
+    state = begin(cache, first, jnp.array([7]), jnp.int32(50), jnp.array([-1]), 64)
+    drafts, states, cache = draft(weights, state, tiny, exit_layer=2, num_speculations=3)
+    text = jnp.concatenate([prompt, first[:, None], drafts], axis=1)
+    expected = hidden_states(tiny_params, text, tiny)
+    np.testing.assert_allclose(states[0], expected[1, 0, 7:], rtol=1e-4, atol=1e-5)
+    x, cache = run_layers(weights, states, cache, state.length, range(2, 4), tiny)
+    np.testing.assert_allclose(x[0], expected[3, 0, 7:], rtol=1e-4, atol=1e-5)
+    _, whole = prefill(weights, text, jnp.array([11]), init_cache(tiny, 1, 64, jnp.float32), tiny, range(4))
+    for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(ours[:, :, :11], theirs[:, :, :11], rtol=1e-4, atol=1e-5)
+
+
+def test_new_lengths_limits_and_prompts_do_not_recompile(model):
+    from lsjax.decoding import generate as module
+
+    generate(model, [[1, 2, 3]], 20, SelfSpeculative(2, 3))
+    before = module._compiled.cache_info().misses
+    generate(model, [[5] * 15], 33, SelfSpeculative(2, 3))
+    assert module._compiled.cache_info().misses == before
+
+
+@pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(2, 3)])
+def test_the_loop_updates_its_cache_in_place(tiny, tiny_params, strategy):
+    """The donated cache is aliased byte for byte, and temporaries are far below one more cache."""
+    config = dataclasses.replace(tiny, context_length=4096)
+    batch = PromptBatch(np.ones((2, 2048), np.int32), np.array([2048, 9], np.int32), 64, np.array([-1], np.int32))
+    program = DecodeProgram(config, strategy, batch)
+    program.compile(decoder_weights(tiny_params, jnp.float32))
+    memory = program._decode.memory_analysis()
+    cache_bytes = 2 * 4 * 2 * 2 * 2176 * 8 * 4  # k and v, layers, B, K, C, H, float32
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes

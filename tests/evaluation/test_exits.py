@@ -1,0 +1,62 @@
+"""The exit profile against float64 numpy, and the tables and picture made of it."""
+
+import jax
+import numpy as np
+
+from lsjax.evaluation.exits import ExitProfile, exit_profile
+from lsjax.evaluation.figures import draw_run
+from lsjax.evaluation.tables import decoding_table, exit_table, print_table
+from lsjax.scale.sharding import make_mesh
+from tests import numpy_llama
+from tests.layerskip.test_loss import batch  # noqa: F401 (fixture)
+
+
+def test_profile_equals_numpy(tiny, tiny_params, batch):  # noqa: F811
+    profile = exit_profile(tiny_params, [batch, batch], tiny)
+    loss, right, agree, count = np.zeros(4), np.zeros(4), np.zeros(4), 0
+    for row in range(2):
+        states = numpy_llama.hidden_states(tiny_params, batch.tokens[row], tiny)
+        logits = numpy_llama.logits(tiny_params, states, tiny)
+        for s in np.flatnonzero(batch.weights[row]):
+            count += 1
+            for layer in range(4):
+                target = batch.targets[row, s]
+                loss[layer] += numpy_llama.cross_entropy(logits[layer, s], target)
+                right[layer] += logits[layer, s].argmax() == target
+                agree[layer] += logits[layer, s].argmax() == logits[-1, s].argmax()
+    np.testing.assert_allclose(profile.loss, loss / count, rtol=1e-4)
+    np.testing.assert_allclose(profile.accuracy, right / count)
+    np.testing.assert_allclose(profile.agreement, agree / count)
+
+
+def test_tables_and_picture_hold_the_numbers(tmp_path, capsys):
+    profile = ExitProfile(np.array([3.5, 2.25]), np.array([0.1, 0.4]), np.array([0.6, 1.0]))
+    print_table(exit_table(profile))
+    run = {
+        "strategy": "self_speculative", "exit_layer": 1, "num_speculations": 4, "batch_size": 1, "new_tokens": 64,
+        "seconds": 1.0, "ms_per_token": 15.6, "tokens_per_second": 64.1, "time_to_first_token_ms": 9.0,
+        "acceptance_rate": 0.81, "tokens_per_round": 4.2, "speedup": 1.77, "matches_autoregressive": True,
+    }  # fmt: skip
+    report = {"device": "cpu", "runs": [run, run | {"num_speculations": 6, "acceptance_rate": None}]}
+    print_table(decoding_table(report))
+    printed = capsys.readouterr().out
+    for text in ("2.250", "60.0%", "self_speculative", "1.77", "81%", "4.20"):
+        assert text in printed
+    draw_run(tmp_path / "demo.png", profile, report, "a title")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]
+
+
+def test_profile_is_the_same_over_eight_devices(tiny, tiny_params, batch):  # noqa: F811
+    from lsjax.config import MeshConfig
+    from lsjax.data.batch import Batch
+    from lsjax.scale.sharding import batch_sharding
+    from lsjax.training.loop import put_batch
+
+    eight = Batch(*(np.tile(column, (4, 1)) for column in batch))
+    alone = exit_profile(tiny_params, [eight], tiny)
+    mesh = make_mesh(MeshConfig(2, 4, 1))
+    with jax.set_mesh(mesh):
+        spread = exit_profile(tiny_params, [put_batch(eight, batch_sharding(mesh))], tiny)
+    for ours, theirs in zip(spread, alone, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)

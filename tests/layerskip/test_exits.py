@@ -1,0 +1,72 @@
+"""Exit weights and curricula against the paper's definitions, written out in plain Python."""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsjax.layerskip.exits import exit_curriculum, exit_weights
+
+
+def paper_weights(num_layers, scale, active):
+    e = [scale * sum(range(l + 1)) for l in range(num_layers - 1)]
+    e.append((num_layers - 1) + scale * sum(range(num_layers - 1)))
+    kept = [w if on else 0.0 for w, on in zip(e, active, strict=True)]
+    return [w / sum(kept) for w in kept]
+
+
+@pytest.mark.parametrize("num_layers", [2, 3, 16, 32])
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0])
+def test_weights_are_equation_6(num_layers, scale):
+    for seed in range(4):
+        active = np.random.default_rng(seed).random(num_layers) < 0.5
+        active[-1] = True
+        weights = exit_weights(num_layers, scale, jnp.asarray(active))
+        np.testing.assert_allclose(weights, paper_weights(num_layers, scale, active), rtol=1e-5, atol=1e-8)
+        np.testing.assert_allclose(weights.sum(), 1.0, rtol=1e-6)
+
+
+def test_last_layer_share_with_all_exits_on():
+    """The paper's e(l) for 32 layers and e_scale 0.2 gives the last layer 11.1 %."""
+    np.testing.assert_allclose(exit_weights(32, 0.2, jnp.ones(32, bool))[-1], 0.111, atol=5e-4)
+
+
+def test_one_layer_has_all_the_weight():
+    assert exit_weights(1, 0.5, jnp.ones(1, bool)).tolist() == [1.0]
+
+
+@pytest.mark.parametrize(("num_layers", "rotation"), [(12, 4), (32, 8), (32, 31), (7, 3)])
+def test_rotational_enables_each_exit_once_in_r_steps(num_layers, rotation):
+    for step in range(2 * rotation):
+        active = exit_curriculum("rotational", num_layers, step, 1000, rotation)
+        expected = [l % rotation == step % rotation or l == num_layers - 1 for l in range(num_layers)]
+        assert active.tolist() == expected
+
+
+@pytest.mark.parametrize(("num_layers", "total"), [(12, 1000), (32, 50_000), (5, 7), (4, 3), (24, 5_800)])
+def test_gradual_enables_from_the_last_layer_down(num_layers, total):
+    for step in sorted({0, 1, 2, total // 64, total // 3, total // 2 - 1, total // 2, total - 1}):
+        active = exit_curriculum("gradual", num_layers, step, total)
+        count = min(num_layers, 1 + int(Fraction(2 * num_layers * step, total)))
+        assert active.tolist() == [l >= num_layers - count for l in range(num_layers)], step
+
+
+def test_gradual_does_not_overflow_on_a_long_run():
+    total = 2_000_000_000
+    active = exit_curriculum("gradual", 80, total // 4, total)
+    assert int(active.sum()) == 41
+
+
+def test_all_and_none():
+    assert exit_curriculum("all", 5, 3, 10).all()
+    assert exit_curriculum("none", 5, 3, 10).tolist() == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize("name", ["rotational", "gradual", "all", "none"])
+def test_a_traced_step_gives_the_same_and_compiles_once(name):
+    curriculum = jax.jit(lambda step: exit_curriculum(name, 12, step, 100, 4))
+    for step in range(0, 100, 7):
+        assert curriculum(step).tolist() == exit_curriculum(name, 12, step, 100, 4).tolist()
+    assert curriculum._cache_size() == 1

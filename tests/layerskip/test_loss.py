@@ -1,0 +1,114 @@
+"""The multi-exit loss against naive full logits in numpy, its gradient against naive JAX and finite differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsjax.data.batch import Batch
+from lsjax.layerskip.loss import multi_exit_loss
+from lsjax.model.transformer import exit_logits, hidden_states
+from tests import numpy_llama
+
+ACTIVE = np.array([True, False, True, True])
+WEIGHTS = np.array([0.1, 0.0, 0.3, 0.6], np.float32)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 320, (2, 9)).astype(np.int32)
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        weights=np.array([[1, 1, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 1, 0]], np.float32),
+        positions=np.broadcast_to(np.arange(8, dtype=np.int32), (2, 8)),
+        segment_ids=np.zeros((2, 8), np.int32),
+    )
+
+
+def fused(params, batch, config, **options):
+    return multi_exit_loss(params, batch, config, exit_weights=WEIGHTS, exit_active=ACTIVE, **options)
+
+
+def naive(params, batch, config):
+    """Full logits at every exit, by the public functions whose arithmetic is tested elsewhere."""
+    logits = exit_logits(params, hidden_states(params, batch.tokens, config), config)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[None, ..., None], axis=-1)[..., 0]
+    return -jnp.sum(WEIGHTS[:, None, None] * picked * batch.weights[None])
+
+
+def test_every_exit_reads_the_state_after_its_layer(tiny, tiny_params, batch):
+    """Index l is the loss of x_{l+1}: float64 numpy on the state after layer l, for each active exit."""
+    total, losses = fused(tiny_params, batch, tiny, loss_chunk=4)
+    expected = np.zeros(4)
+    for row in range(2):
+        states = numpy_llama.hidden_states(tiny_params, batch.tokens[row], tiny)
+        logits = numpy_llama.logits(tiny_params, states, tiny)
+        for layer in np.flatnonzero(ACTIVE):
+            for s in range(8):
+                ce = numpy_llama.cross_entropy(logits[layer, s], batch.targets[row, s])
+                expected[layer] += batch.weights[row, s] * ce
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    np.testing.assert_allclose(total, (WEIGHTS * expected).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 16, 1000])
+@pytest.mark.parametrize("rematerialize", [False, True])
+def test_gradient_equals_naive_full_logits(tiny, tiny_params, batch, chunk, rematerialize):
+    ours = jax.grad(lambda p: fused(p, batch, tiny, loss_chunk=chunk, rematerialize=rematerialize)[0])(tiny_params)
+    theirs = jax.grad(naive)(tiny_params, batch, tiny)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), ours, theirs)
+
+
+def test_gradient_equals_finite_differences(tiny, tiny_params, batch):
+    direction = jax.tree.map(lambda a: jax.random.normal(jax.random.key(a.size), a.shape), tiny_params)
+    loss = jax.jit(lambda p: fused(p, batch, tiny)[0])
+    step = 1e-3
+    moved = [jax.tree.map(lambda a, d, s=s: a + s * step * d, tiny_params, direction) for s in (1, -1)]
+    numeric = (loss(moved[0]) - loss(moved[1])) / (2 * step)
+    gradient = jax.grad(lambda p: fused(p, batch, tiny)[0])(tiny_params)
+    exact = sum(jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, direction)))
+    np.testing.assert_allclose(numeric, exact, rtol=2e-2)
+
+
+def test_the_last_layer_has_a_gradient_and_dropped_layers_have_none(tiny, tiny_params, batch):
+    mask = jnp.array([1.0, 0.0, 1.0, 1.0])
+    gradient = jax.grad(lambda p: fused(p, batch, tiny, layer_mask=mask)[0])(tiny_params)
+    size = jax.tree.reduce(
+        jnp.add, jax.tree.map(lambda g: jnp.sum(jnp.abs(g).reshape(4, -1), axis=1), gradient["layers"])
+    )
+    assert (np.asarray(size)[[0, 2, 3]] > 0).all()
+    assert size[1] == 0
+
+
+def test_rotating_exits_never_recompiles(tiny, tiny_params, batch):
+    loss = jax.jit(
+        lambda active, weights: multi_exit_loss(
+            tiny_params, batch, tiny, exit_weights=weights, exit_active=active, loss_chunk=4
+        )[1]
+    )
+    for exits in ([0, 3], [1, 3], [0, 1, 2, 3], [3]):
+        active = np.isin(np.arange(4), exits)
+        losses = loss(active, active.astype(np.float32))
+        assert np.flatnonzero(losses).tolist() == exits
+    assert loss._cache_size() == 1
+
+
+def test_an_inactive_exit_costs_nothing(tiny, tiny_params, batch):
+    """The loss of an exit sits in a branch, not behind a multiplication by zero."""
+    loss = jax.jit(lambda p, on: multi_exit_loss(p, batch, tiny, exit_weights=WEIGHTS, exit_active=on)[0])
+    text = loss.lower(tiny_params, ACTIVE).compile().as_text()
+    assert " conditional(" in text
+
+
+def test_logits_never_exist_at_once(tiny, tiny_params, batch):
+    """Temporaries with four exits over 2 x 512 tokens stay below one full array of logits."""
+    length = 512
+    wide = Batch(*(np.tile(column, (1, length // 8)) for column in batch))
+    loss = jax.grad(lambda p: fused(p, wide, tiny, loss_chunk=32, rematerialize=True)[0])
+    small = jax.jit(loss).lower(tiny_params).compile().memory_analysis().temp_size_in_bytes
+    full = jax.jit(jax.grad(lambda p: naive(p, wide, tiny))).lower(tiny_params).compile()
+    logits_bytes = 4 * 2 * length * tiny.vocab_size * 4
+    assert full.memory_analysis().temp_size_in_bytes > logits_bytes
+    assert small < full.memory_analysis().temp_size_in_bytes / 2

@@ -1,0 +1,138 @@
+"""The commands as a user runs them: real processes, one clear line and exit status 2 on bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lsjax.training.loop import train
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(command, *arguments, timeout=300):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch" / command), *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout, cwd=ROOT,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workdir(text_folder, tmp_path_factory):
+    from tests import conftest
+
+    workdir = tmp_path_factory.mktemp("run")
+    train(conftest.tiny_run.__wrapped__(text_folder), workdir, verbose=False)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory):
+    return tmp_path_factory.mktemp("empty")
+
+
+TRAIN = ["--config=configs/demo.py", "--workdir={tmp}/w"]
+BAD_TRAINING = {
+    "no config": ([], "--config"),
+    "missing config file": (["--config=configs/nope.py", "--workdir={tmp}/w"], "configs/nope.py"),
+    "no workdir": (["--config=configs/demo.py"], "--workdir"),
+    "unknown key": ([*TRAIN, "--config.model.widht=3"], "width"),
+    "wrong type": ([*TRAIN, "--config.model.width=abc"], "--config.model.width=abc"),
+    "unknown flag": ([*TRAIN, "--frobnicate=1"], "frobnicate"),
+    "stray argument": ([*TRAIN, "extra"], "extra"),
+    "bad choice": ([*TRAIN, "--config.layerskip.exit_curriculum=some"], "rotational"),
+    "impossible shape": ([*TRAIN, "--config.model.num_kv_heads=3"], "num_kv_heads"),
+    "sequence over context": ([*TRAIN, "--config.training.sequence_length=100000"], "context_length"),
+    "no corpus": ([*TRAIN, "--config.data.corpus={tmp}/nothing"], "config.data.corpus"),
+    "empty corpus": ([*TRAIN, "--config.data.corpus={empty}"], "is empty"),
+    "unwritable workdir": (["--config=configs/demo.py", "--workdir=/proc/nope/w"], "cannot write workdir"),
+    "mesh": ([*TRAIN, "--config.mesh.data=7"], "does not fit 1 device"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TRAINING)
+def test_bad_training_input(name, tmp_path, empty):
+    arguments, message = BAD_TRAINING[name]
+    result = run("train.py", *(a.format(tmp=tmp_path, empty=empty) for a in arguments))
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert not (tmp_path / "w" / "checkpoints").exists()
+    assert not list(tmp_path.glob("w/data*"))
+
+
+BAD_DECODING = {
+    "no model": (["--prompt=x"], "--model"),
+    "missing model": (["--model={tmp}/nope"], "does not exist"),
+    "not a workdir": (["--model={tmp}"], "config.json"),
+    "exit layer": (["--model={run}", "--exit_layer=5"], "exit_layer 5 is out of range: this model has layers 1..4"),
+    "exit layer zero": (["--model={run}", "--exit_layer=0"], "exit_layer 0 is out of range"),
+    "drafts": (["--model={run}", "--num_speculations=0"], "num_speculations 0"),
+    "empty prompt": (["--model={run}", "--prompt="], "prompt 0 is empty"),
+    "prompt over context": (["--model={run}", "--prompt=" + "x = 1\n" * 400], "context of 128"),
+    "no prompts file": (["--model={run}", "--prompts={tmp}/no.jsonl"], "cannot read prompts"),
+    "both prompts": (["--model={run}", "--prompt=x", "--prompts=y"], "not both"),
+    "strategy": (["--model={run}", "--strategies=magic"], "magic"),
+    "report folder": (["--model={run}", "--report={tmp}/no/report.json"], "folder does not exist"),
+    "not a number": (["--model={run}", "--exit_layer=two"], "--exit_layer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DECODING)
+def test_bad_decoding_input(name, tmp_path, workdir):
+    arguments, message = BAD_DECODING[name]
+    result = run("decode.py", *(a.format(tmp=tmp_path, run=workdir) for a in arguments))
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
+def test_decode_prints_a_table_and_writes_the_report(workdir, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "def main():"}\n{"prompt": "import os\\n"}\n\n{"prompt": "class A:"}\n')
+    path = tmp_path / "report.json"
+    result = run(
+        "decode.py", f"--model={workdir}", f"--prompts={prompts}", "--exit_layer=2", "--num_speculations=3",
+        "--batch_size=2", "--max_new_tokens=16", f"--report={path}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "speed-up" in result.stdout
+    report = json.loads(path.read_text())
+    assert {"model", "device", "jax_version", "runs"} <= set(report)
+    assert [run["strategy"] for run in report["runs"]] == ["autoregressive", "early_exit", "self_speculative"]
+    keys = {
+        "strategy", "exit_layer", "num_speculations", "batch_size", "new_tokens", "seconds", "ms_per_token",
+        "tokens_per_second", "time_to_first_token_ms", "acceptance_rate", "tokens_per_round", "speedup",
+        "matches_autoregressive",
+    }  # fmt: skip
+    assert all(keys <= set(run) for run in report["runs"])
+    assert report["runs"][2]["matches_autoregressive"] is True
+
+
+def test_decode_prints_the_continuation_of_a_prompt(workdir):
+    result = run("decode.py", f"--model={workdir}", "--prompt=def main():", "--max_new_tokens=8")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("def main():") == 3
+
+
+def test_train_runs_and_resumes(text_folder, tmp_path):
+    overrides = [
+        "--config=configs/demo.py", f"--workdir={tmp_path}/w", f"--config.data.corpus={text_folder}",
+        "--config.data.held_out_fraction=0.2", "--config.model.num_layers=2", "--config.model.width=32",
+        "--config.model.vocab_size=300", "--config.model.feed_forward_width=64", "--config.training.total_steps=4",
+        "--config.training.warmup_steps=1",
+    ]  # fmt: skip
+    first = run("train.py", *overrides)
+    assert first.returncode == 0, first.stderr
+    assert "step 4/4" in first.stdout
+    assert "ETA" in first.stdout
+    assert "resuming at step 4" in run("train.py", *overrides).stdout
+
+
+@pytest.mark.parametrize("command", ["train.py", "decode.py", "demo.py"])
+def test_help_teaches(command):
+    result = run(command, "--help")
+    assert f"python launch/{command} --" in result.stdout
+    assert "--" in result.stdout

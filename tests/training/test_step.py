@@ -1,0 +1,156 @@
+"""One training step: schedules as arrays, accumulation, compilation, meshes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lsjax.config import MeshConfig
+from lsjax.data.batch import Batch
+from lsjax.scale.sharding import make_mesh
+from lsjax.training.optimizer import learning_rate_schedule, make_optimizer
+from lsjax.training.step import init_state, make_train_step, recipe_at, state_shardings, train_step
+
+
+def replace(config, **sections):
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **keys) for name, keys in sections.items()}
+    )
+
+
+def make_batch(config, seed=0):
+    t = config.training
+    rng = np.random.default_rng(seed)
+    shape = (t.batch_size, t.sequence_length)
+    tokens = rng.integers(0, config.model.vocab_size, shape).astype(np.int32)
+    return Batch(
+        tokens=tokens,
+        targets=np.roll(tokens, -1, axis=1),
+        weights=(rng.random(shape) < 0.9).astype(np.float32),
+        positions=np.broadcast_to(np.arange(t.sequence_length, dtype=np.int32), shape),
+        segment_ids=np.zeros(shape, np.int32),
+    )
+
+
+def run_steps(config, mesh_config, steps=3, devices=None):
+    mesh = make_mesh(mesh_config, devices)
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda: init_state(config), out_shardings=state_shardings(config, mesh))()
+        step = make_train_step(config, mesh)
+        metrics = []
+        for index in range(steps):
+            state, m = step(state, make_batch(config, index))
+            metrics.append(jax.device_get(m))
+    return state, metrics, step
+
+
+def test_steps_compile_once_while_every_schedule_moves(tiny_run):
+    config = replace(tiny_run, layerskip={"dropout_time_schedule": "exponential", "exit_curriculum": "gradual"})
+    _, metrics, step = run_steps(config, MeshConfig(), steps=8)
+    assert step._cache_size() == 1
+    assert len({tuple(m.exit_active.tolist()) for m in metrics}) > 2
+    assert len({float(m.layer_dropout_rate) for m in metrics}) == 8
+
+
+def test_a_step_is_adamw_on_the_mean_loss(tiny_run):
+    """Without dropout: parameters after a step equal clipped AdamW by hand, from the gradient of the plain loss."""
+    config = replace(tiny_run, layerskip={"dropout_max_rate": 0.0, "exit_curriculum": "none"})
+    state = init_state(config)
+    batch = make_batch(config)
+
+    def mean_loss(params):
+        from lsjax.model.transformer import forward
+
+        log_probabilities = jax.nn.log_softmax(forward(params, batch.tokens, config.model))
+        picked = jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]
+        return -jnp.sum(picked * batch.weights) / jnp.sum(batch.weights)
+
+    loss, gradient = jax.value_and_grad(mean_loss)(state.params)
+    after, metrics = train_step(state, batch, config=config)
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(metrics.gradient_norm, norm, rtol=1e-4)
+    t = config.training
+    rate = t.learning_rate / t.warmup_steps  # the first of two warm-up steps
+    assert float(metrics.learning_rate) == pytest.approx(rate)
+    clipped = gradient["layers"]["feed_forward"]["down"] * min(1.0, t.gradient_clip / norm)
+    old = state.params["layers"]["feed_forward"]["down"]
+    expected = old - rate * (clipped / (jnp.abs(clipped) + 1e-8) + t.weight_decay * old)  # Adam's first step
+    np.testing.assert_allclose(after.params["layers"]["feed_forward"]["down"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_warms_up_and_decays(tiny_run):
+    config = replace(tiny_run, training={"total_steps": 100, "warmup_steps": 10, "learning_rate": 2.0}).training
+    schedule = learning_rate_schedule(config)
+    half = 10 + 45
+    cosine = 0.2 + (2.0 - 0.2) * 0.5 * (1 + np.cos(np.pi * (half - 10) / 90))
+    np.testing.assert_allclose([schedule(s) for s in (0, 5, 10, half, 100)], [0, 1, 2, cosine, 0.2], rtol=1e-5)
+
+
+def test_norm_scales_are_not_decayed(tiny_run):
+    params = init_state(tiny_run).params
+    optimizer = make_optimizer(tiny_run.training)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    assert optax.global_norm([updates["final_norm"], updates["layers"]["attention_norm"]]) == 0
+    assert optax.global_norm(updates["embed"]) > 0
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny_run, parts):
+    config = replace(tiny_run, layerskip={"dropout_max_rate": 0.0})
+    state, batch = init_state(config), make_batch(config)
+    whole, metrics = train_step(state, batch, config=config)
+    split, split_metrics = train_step(
+        state, batch, config=replace(config, training={"gradient_accumulation": parts})
+    )
+    np.testing.assert_allclose(split_metrics.loss, metrics.loss, rtol=1e-5)
+    np.testing.assert_allclose(split_metrics.exit_losses, metrics.exit_losses, rtol=1e-5)
+    np.testing.assert_allclose(split_metrics.gradient_norm, metrics.gradient_norm, rtol=1e-4)
+    # Adam's first moment is linear in the gradient: equal moments mean equal gradients, leaf by leaf.
+    for ours, theirs in zip(jax.tree.leaves(split.optimizer), jax.tree.leaves(whole.optimizer), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-7)
+
+
+def test_masks_differ_from_step_to_step_and_repeat_for_the_same_step(tiny_run):
+    config = replace(tiny_run, layerskip={"dropout_max_rate": 0.9, "dropout_depth_schedule": "uniform"})
+    state, batch = init_state(config), make_batch(config)
+    step = jax.jit(lambda s: train_step(s, batch, config=config)[1].loss)
+    later = state._replace(step=jnp.int32(3))
+    assert step(state) == step(state)
+    assert step(state) != step(later)
+
+
+def test_the_recipe_is_that_of_the_step(tiny_run):
+    recipe = recipe_at(4, tiny_run)
+    assert recipe.exit_active.tolist() == [False, True, False, True]  # 4 mod 3 = 1, and the last
+    np.testing.assert_allclose(recipe.exit_weights, [0, 0.2 / (0.2 + 3.6), 0, 3.6 / (0.2 + 3.6)], rtol=1e-5)
+
+
+MESHES = [MeshConfig(8, 1, 1), MeshConfig(1, 8, 1), MeshConfig(2, 2, 2), MeshConfig(1, 4, 2), MeshConfig(4, 1, 2)]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m.data}x{m.fsdp}x{m.tensor}")
+@pytest.mark.parametrize("granularity", ["sample", "batch"])
+def test_any_mesh_gives_the_losses_of_one_device(tiny_run, mesh, granularity):
+    config = replace(tiny_run, layerskip={"dropout_max_rate": 0.5, "dropout_granularity": granularity})
+    _, single, _ = run_steps(config, MeshConfig(1, 1, 1), devices=jax.devices()[:1])
+    _, sharded, _ = run_steps(config, mesh)
+    for ours, theirs in zip(sharded, single, strict=True):
+        np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
+        np.testing.assert_allclose(ours.exit_losses, theirs.exit_losses, rtol=1e-5)
+        np.testing.assert_allclose(ours.gradient_norm, theirs.gradient_norm, rtol=1e-4)
+
+
+def test_the_state_is_split_and_donated(tiny_run):
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    with jax.set_mesh(mesh):
+        shardings = state_shardings(tiny_run, mesh)
+        state = jax.jit(lambda: init_state(tiny_run), out_shardings=shardings)()
+        compiled = make_train_step(tiny_run, mesh).lower(state, make_batch(tiny_run)).compile()
+    per_device = sum(shard.data.nbytes for a in jax.tree.leaves(state) for shard in a.addressable_shards[:1])
+    matrices = [a for a in jax.tree.leaves(state) if a.ndim > 1 and a.shape[-1] > 1 and a.shape != (4, 32)]
+    assert all(a.sharding.num_devices == 8 and a.addressable_shards[0].data.size == a.size // 8 for a in matrices)
+    assert compiled.memory_analysis().alias_size_in_bytes >= per_device
