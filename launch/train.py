@@ -16,7 +16,9 @@ from ml_collections import config_flags
 
 from lsjax import commands
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, such as configs/demo.py.", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, such as configs/demo.py.", lock_config=True
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; created, or resumed from.")
 flags.mark_flags_as_required(["config", "workdir"])
 

@@ -210,9 +210,7 @@ def _check_layerskip(s: LayerSkipConfig) -> None:
     _require(
         0 <= s.dropout_max_rate < 1, f"config.layerskip.dropout_max_rate must be in [0, 1), got {s.dropout_max_rate}"
     )
-    _choice(
-        "config.layerskip.dropout_depth_schedule", s.dropout_depth_schedule, ("exponential", "linear", "uniform")
-    )
+    _choice("config.layerskip.dropout_depth_schedule", s.dropout_depth_schedule, ("exponential", "linear", "uniform"))
     _choice(
         "config.layerskip.dropout_time_schedule",
         s.dropout_time_schedule,

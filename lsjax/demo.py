@@ -54,7 +54,9 @@ def run_demo(config: Config, workdir: str | Path, grid: Grid) -> dict[str, Any]:
     print()
     print_table(decoding_table(report))
     write_atomically(workdir / "report.json", json.dumps(report, indent=2))
-    draw_run(workdir / "demo.png", result.profile, report, f"LayerSkip, {config.model.num_layers} layers, held-out text")
+    draw_run(
+        workdir / "demo.png", result.profile, report, f"LayerSkip, {config.model.num_layers} layers, held-out text"
+    )
     print(summary(report))
     print(f"picture: {workdir / 'demo.png'}   report: {workdir / 'report.json'}")
     return report

@@ -6,7 +6,6 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from lsjax.config import Config, ModelConfig  # noqa: E402 (the device count is set first)
 from lsjax.model.transformer import init_params  # noqa: E402
@@ -30,8 +29,14 @@ def tiny() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def tiny_params():
-    """Random parameters ten times larger than a fresh model's: every layer then matters to the output."""
-    return jax.tree.map(lambda a: a * 10 if a.ndim > 2 else a, init_params(jax.random.key(0), TINY))
+    return random_params(TINY)
+
+
+def random_params(config: ModelConfig, seed: int = 0):
+    """Random parameters larger than a fresh model's, so that every layer matters to the output."""
+    params = init_params(jax.random.key(seed), config)
+    layers = jax.tree.map(lambda a: 10 * a if a.ndim > 2 else a, params["layers"])
+    return params | {"layers": layers, "embed": 20 * params["embed"]}
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +47,20 @@ def text_folder(tmp_path_factory):
 
     source = pathlib.Path(_json.__file__).parent.parent
     folder = tmp_path_factory.mktemp("text")
-    for name in ("argparse", "ast", "bisect", "calendar", "cmd", "code", "copy", "csv", "dis", "glob", "heapq", "shlex"):
+    for name in (
+        "argparse",
+        "ast",
+        "bisect",
+        "calendar",
+        "cmd",
+        "code",
+        "copy",
+        "csv",
+        "dis",
+        "glob",
+        "heapq",
+        "shlex",
+    ):
         (folder / f"{name}.py").write_text((source / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8")
     return folder
 

@@ -11,10 +11,8 @@ from lsjax.config import DataConfig
 from lsjax.errors import UserError
 
 # Generated tables, test suites and vendored copies teach a model little.
-_SKIPPED_FOLDERS = frozenset(
-    "site-packages dist-packages test tests idle_test idlelib lib2to3 turtledemo ensurepip pydoc_data encodings "
-    "__pycache__".split()
-)
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"}
+_SKIPPED_FOLDERS |= {"ensurepip", "pydoc_data", "encodings", "__pycache__"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +46,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     documents = sorted(_read(config), key=lambda d: d.name)
     documents = [d for d in documents if d.text.strip()]
     if not documents:
-        raise UserError(
-            f"config.data.corpus {config.corpus!r} is empty: no UTF-8 text matches {config.file_pattern!r}"
-        )
+        raise UserError(f"config.data.corpus {config.corpus!r} is empty: no UTF-8 text matches {config.file_pattern!r}")
     held_out = tuple(d for d in documents if _is_held_out(d.name, config.held_out_fraction))
     train = tuple(d for d in documents if not _is_held_out(d.name, config.held_out_fraction))
     if not train or not held_out:

@@ -18,6 +18,8 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, begin: int | None, stop: tuple[int, ...]):
         self.backend = backend
+        # Text is text: "<|end_of_text|>" written in a document or a prompt must not end anything.
+        self.backend.encode_special_tokens = True
         self.begin = begin
         self.stop = stop
 

@@ -153,7 +153,9 @@ class DecodeProgram:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(tree, leaves, config: ModelConfig, strategy: Strategy, rows: int, bucket: int, capacity: int, room: int, stops: int):
+def _compiled(
+    tree, leaves, config: ModelConfig, strategy: Strategy, rows: int, bucket: int, capacity: int, room: int, stops: int
+):
     """(prefill, decode) executables for these weights' layout and these shapes."""
     weights = jax.tree.unflatten(tree, leaves)
     dtype = weights["embed"].dtype

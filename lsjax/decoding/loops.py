@@ -27,9 +27,7 @@ class Decoding(NamedTuple):
     accepted: jax.Array
 
 
-def begin(
-    cache: Cache, first: jax.Array, lengths: jax.Array, limit: jax.Array, stop: jax.Array, room: int
-) -> Decoding:
+def begin(cache: Cache, first: jax.Array, lengths: jax.Array, limit: jax.Array, stop: jax.Array, room: int) -> Decoding:
     """After prefill: `first` [B] is already emitted. `room`: tokens a row may write, rounds past the limit
     included. `limit` [] is max_new_tokens, `stop` [n] the ids that end a text."""
     batch = first.shape[0]

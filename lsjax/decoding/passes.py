@@ -1,5 +1,6 @@
 """Passes of a few tokens through a range of layers, against the KV cache."""
 
+import operator
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ def decoder_weights(params: Params, dtype: jnp.dtype) -> Weights:
     params = jax.tree.map(lambda a: jnp.asarray(a, dtype), params)
     layers = params["layers"]
     num_layers = jax.tree.leaves(layers)[0].shape[0]
-    return params | {"layers": tuple(jax.tree.map(lambda a: a[i], layers) for i in range(num_layers))}
+    return params | {"layers": tuple(jax.tree.map(operator.itemgetter(i), layers) for i in range(num_layers))}
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:

@@ -43,7 +43,9 @@ def evaluate_batch(params: Params, batch: Batch, config: ModelConfig, chunk: int
         return loss, jnp.sum((predicted == targets) * weights), predicted
 
     def read(x, _):
-        loss, right, predicted = jax.lax.map(lambda piece: read_chunk(*piece), (split_tokens(x, chunk), targets, weights))
+        loss, right, predicted = jax.lax.map(
+            lambda piece: read_chunk(*piece), (split_tokens(x, chunk), targets, weights)
+        )
         return jnp.sum(loss), jnp.sum(right), predicted
 
     _, (loss, right, predicted) = scan_layers(

@@ -11,7 +11,7 @@ from lsjax.evaluation.exits import ExitProfile
 from lsjax.files import write_atomically
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen first)
+from matplotlib import pyplot as plt
 
 
 def draw_run(path: Path, profile: ExitProfile, report: dict[str, Any], title: str) -> None:

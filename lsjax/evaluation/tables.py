@@ -43,10 +43,12 @@ def decoding_table(report: dict[str, Any]) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Wide enough for its content, so that a log file holds whole rows."""
+    """On a terminal, fitted to it; in a file, as wide as its content, so that rows stay whole."""
     console = Console(highlight=False)
-    needed = console.measure(table).maximum
-    console.print(table, width=max(needed, console.width) if not console.is_terminal else None)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=1000)
+        console = Console(highlight=False, width=console.measure(table).maximum)
+    console.print(table)
 
 
 def _text(value: Any, spec: str = "") -> str:

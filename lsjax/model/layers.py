@@ -18,6 +18,8 @@ from lsjax.model.rope import rotate
 # `state` is whatever the caller wants back, such as the layer's updated KV cache; None in training.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, object]]
 
+_INIT_STDDEV = 0.02
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, computed in float32."""
@@ -41,11 +43,12 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], attend: Attend):
         c = self.config
         group = c.num_heads // c.num_kv_heads
-        kernel = self.param("qkv", _fan_in_init(c.width), (c.width, c.num_kv_heads, group + 2, c.head_width))
+        init = nn.initializers.normal(_INIT_STDDEV)
+        kernel = self.param("qkv", init, (c.width, c.num_kv_heads, group + 2, c.head_width))
         qkv = jnp.einsum("bsd,dkgh->bskgh", x, kernel)
         q, k, v = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
         mixed, state = attend(rotate(q, cos_sin), rotate(k, cos_sin), v)
-        out = self.param("output", _residual_init(c, c.num_heads * c.head_width), (c.num_kv_heads, group, c.head_width, c.width))
+        out = self.param("output", _residual_init(c), (c.num_kv_heads, group, c.head_width, c.width))
         return jnp.einsum("bskgh,kghd->bsd", mixed, out), state
 
 
@@ -57,9 +60,10 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        kernel = self.param("gate_up", _fan_in_init(c.width), (c.width, 2, c.feed_forward_width))
+        init = nn.initializers.normal(_INIT_STDDEV)
+        kernel = self.param("gate_up", init, (c.width, 2, c.feed_forward_width))
         gate_up = jnp.einsum("bsd,dcf->bscf", x, kernel)
-        down = self.param("down", _residual_init(c, c.feed_forward_width), (c.feed_forward_width, c.width))
+        down = self.param("down", _residual_init(c), (c.feed_forward_width, c.width))
         return jnp.einsum("bsf,fd->bsd", nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], down)
 
 
@@ -78,11 +82,6 @@ class DecoderLayer(nn.Module):
         return attended + SwiGLU(c, name="feed_forward")(normed), state
 
 
-def _fan_in_init(inputs: int):
-    """Keeps the scale of its input at any width; a fixed 0.02 starves narrow models (attention stays uniform)."""
-    return nn.initializers.normal(inputs**-0.5)
-
-
-def _residual_init(config: ModelConfig, inputs: int):
+def _residual_init(config: ModelConfig):
     """Projections back into the residual stream start smaller the deeper the model (GPT-2, section 2.3)."""
-    return nn.initializers.normal((2 * config.num_layers * inputs) ** -0.5)
+    return nn.initializers.normal(_INIT_STDDEV / (2 * config.num_layers) ** 0.5)

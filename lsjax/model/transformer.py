@@ -19,7 +19,7 @@ Params = dict[str, Any]
 
 
 def init_params(key: jax.Array, config: ModelConfig) -> Params:
-    """Random float32 parameters: normal with variance 1/inputs, smaller into the residual stream; embedding 0.02."""
+    """Random float32 parameters: normal(0.02), residual projections scaled down with depth."""
     embed_key, head_key, layers_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, config.width))
     cos_sin = rotation(jnp.zeros((1, 1), jnp.int32), config)
@@ -33,8 +33,7 @@ def init_params(key: jax.Array, config: ModelConfig) -> Params:
         "final_norm": {"scale": jnp.ones(config.width)},
     }
     if not config.tie_embeddings:
-        shape = (config.width, config.vocab_size)
-        params["lm_head"] = config.width**-0.5 * jax.random.normal(head_key, shape)
+        params["lm_head"] = 0.02 * jax.random.normal(head_key, (config.width, config.vocab_size))
     return params
 
 

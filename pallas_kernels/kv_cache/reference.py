@@ -43,7 +43,7 @@ def attend(q: jax.Array, cache: LayerCache, positions: jax.Array) -> jax.Array:
 
     q [B, T, K, G, H] (G query heads per KV head), positions [B] -> [B, T, K, G, H]. Scores are float32.
     """
-    batch, queries, _, group, width = q.shape
+    queries, width = q.shape[1], q.shape[-1]
     last_seen = positions[:, None] + jnp.arange(queries)
     entries = jnp.arange(cache.k.shape[2])
     visible = (entries <= last_seen[..., None])[:, None, None]  # [B,1,1,T,C]

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from lsjax.config import RopeScaling
-from lsjax.model.transformer import forward, hidden_states, init_params, scan_layers
+from lsjax.model.transformer import forward, hidden_states, scan_layers
 from tests import numpy_llama
+from tests.conftest import random_params
 
-LLAMA3 = RopeScaling("llama3", factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_context_length=64)
+LLAMA3 = RopeScaling(
+    "llama3", factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_context_length=64
+)
 VARIANTS = {
     "grouped, tied": {},
     "multi-head": {"num_kv_heads": 4},
@@ -26,7 +29,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_hidden_states_and_logits_equal_numpy(name, tiny):
     config = dataclasses.replace(tiny, **VARIANTS[name])
-    params = jax.tree.map(lambda a: a * 10 if a.ndim > 2 else a, init_params(jax.random.key(1), config))
+    params = random_params(config, seed=1)
     tokens = np.array([[5, 9, 2, 2, 300, 17, 41], [7, 7, 1, 0, 319, 5, 6]])
     states = hidden_states(params, tokens, config)
     full = forward(params, tokens, config)
@@ -43,7 +46,9 @@ def test_layer_mask_multiplies_what_a_layer_adds(tiny, tiny_params):
     logits = forward(tiny_params, tokens, tiny, jnp.asarray(mask))
     for row in range(2):
         expected = numpy_llama.hidden_states(tiny_params, tokens[row], tiny, layer_mask=mask[:, row])
-        np.testing.assert_allclose(logits[row], numpy_llama.logits(tiny_params, expected[-1], tiny), rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(
+            logits[row], numpy_llama.logits(tiny_params, expected[-1], tiny), rtol=2e-4, atol=2e-4
+        )
 
 
 def test_a_mask_for_the_whole_batch_equals_the_same_mask_per_sample(tiny, tiny_params):
@@ -58,9 +63,7 @@ def test_a_mask_for_the_whole_batch_equals_the_same_mask_per_sample(tiny, tiny_p
 def test_packed_documents_do_not_see_each_other(tiny, tiny_params):
     tokens = np.array([[5, 9, 2, 300, 17, 41, 8]])
     segments, positions = np.array([[0, 0, 0, 1, 1, 1, 1]]), np.array([[0, 1, 2, 0, 1, 2, 3]])
-    _, states = scan_layers(
-        tiny_params, tokens, tiny, positions=positions, segment_ids=segments, read=lambda x, _: x
-    )
+    _, states = scan_layers(tiny_params, tokens, tiny, positions=positions, segment_ids=segments, read=lambda x, _: x)
     alone = hidden_states(tiny_params, tokens[:, 3:], tiny)
     np.testing.assert_allclose(states[:, :, 3:], alone, rtol=1e-5, atol=1e-5)
 

@@ -14,9 +14,9 @@ import pytest
 
 import lsjax
 from lsjax.config import MeshConfig
+from lsjax.data.pipeline import held_out_batches
 from lsjax.errors import UserError
 from lsjax.evaluation.exits import exit_profile
-from lsjax.data.pipeline import held_out_batches
 from lsjax.training.loop import train
 from tests.training.test_step import replace
 
@@ -46,7 +46,7 @@ def _tiny_run(text_folder):
 
 
 def test_a_run_leaves_what_it_promises(finished):
-    config, workdir, result = finished
+    _, workdir, result = finished
     rows = read_lines(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert set(rows[0]) == {
@@ -193,5 +193,5 @@ def test_bad_meshes_are_named(tiny_run, tmp_path):
         train(replace(tiny_run, mesh={"data": 3}), tmp_path, verbose=False)
     with pytest.raises(UserError, match="do not divide over data x fsdp"):
         train(replace(tiny_run, training={"batch_size": 12}), tmp_path, verbose=False)
-    with pytest.raises(UserError, match="config.mesh.tensor .* does not divide"):
+    with pytest.raises(UserError, match=r"config.mesh.tensor .* does not divide"):
         train(replace(tiny_run, mesh={"data": 2, "tensor": 4}), tmp_path, verbose=False)

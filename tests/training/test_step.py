@@ -103,9 +103,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny_run, parts):
     config = replace(tiny_run, layerskip={"dropout_max_rate": 0.0})
     state, batch = init_state(config), make_batch(config)
     whole, metrics = train_step(state, batch, config=config)
-    split, split_metrics = train_step(
-        state, batch, config=replace(config, training={"gradient_accumulation": parts})
-    )
+    split, split_metrics = train_step(state, batch, config=replace(config, training={"gradient_accumulation": parts}))
     np.testing.assert_allclose(split_metrics.loss, metrics.loss, rtol=1e-5)
     np.testing.assert_allclose(split_metrics.exit_losses, metrics.exit_losses, rtol=1e-5)
     np.testing.assert_allclose(split_metrics.gradient_norm, metrics.gradient_norm, rtol=1e-4)
