@@ -46,7 +46,10 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSkipConfig:
-    """The recipe (arXiv 2404.16710, section 4.1). The defaults are the paper's continual setting."""
+    """The recipe (arXiv 2404.16710, section 4.1). The defaults are the paper's continual setting.
+
+    `exit_distillation`: beside the cross-entropy of each early exit, this much of its KL divergence from the last
+    layer's own distribution, gradient stopped (not in the paper; EESD, arXiv 2406.03853). 0 is the paper."""
 
     dropout_max_rate: float = 0.1
     dropout_depth_schedule: str = "exponential"
@@ -56,6 +59,7 @@ class LayerSkipConfig:
     exit_scale: float = 0.2
     exit_curriculum: str = "rotational"
     exit_rotation: int = 8
+    exit_distillation: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +224,8 @@ def _check_layerskip(s: LayerSkipConfig) -> None:
     _choice("config.layerskip.exit_curriculum", s.exit_curriculum, ("none", "rotational", "gradual", "all"))
     _require(0 <= s.exit_scale <= 1, f"config.layerskip.exit_scale must be in [0, 1], got {s.exit_scale}")
     _positive("layerskip", s, "exit_rotation")
+    d = s.exit_distillation
+    _require(d >= 0, f"config.layerskip.exit_distillation must not be negative, got {d}")
 
 
 def _check_training(config: Config) -> None:

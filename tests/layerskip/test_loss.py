@@ -112,3 +112,27 @@ def test_logits_never_exist_at_once(tiny, tiny_params, batch):
     logits_bytes = 4 * 2 * length * tiny.vocab_size * 4
     assert full.memory_analysis().temp_size_in_bytes > logits_bytes
     assert small < full.memory_analysis().temp_size_in_bytes / 2
+
+
+def test_distillation_is_the_divergence_from_the_last_layer(tiny, tiny_params, batch):
+    plain, _ = fused(tiny_params, batch, tiny, loss_chunk=4)
+    distilled, losses = fused(tiny_params, batch, tiny, loss_chunk=4, distillation=0.7)
+    expected = 0.0
+    for row in range(2):
+        logits = numpy_llama.logits(tiny_params, numpy_llama.hidden_states(tiny_params, batch.tokens[row], tiny), tiny)
+        for layer in np.flatnonzero(ACTIVE):
+            for s in range(8):
+                teacher, student = numpy_llama.softmax(logits[-1, s]), numpy_llama.softmax(logits[layer, s])
+                divergence = (teacher * np.log(teacher / student)).sum()
+                expected += WEIGHTS[layer] * batch.weights[row, s] * divergence
+    np.testing.assert_allclose(distilled - plain, 0.7 * expected, rtol=1e-3)
+    np.testing.assert_allclose(losses, fused(tiny_params, batch, tiny)[1], rtol=1e-5)
+
+
+def test_distillation_does_not_pull_on_the_last_layer(tiny, tiny_params, batch):
+    """Only the divergences: early layers have a gradient, the last layer, which only the teacher uses, has none."""
+    only_divergence = lambda p: fused(p, batch, tiny, distillation=1.0)[0] - fused(p, batch, tiny)[0]  # noqa: E731
+    down = jax.grad(only_divergence)(tiny_params)["layers"]["feed_forward"]["down"]
+    largest = np.abs(down).max(axis=(1, 2))
+    assert largest[0] > 1e-3
+    assert largest[3] < 1e-5 * largest[0]
