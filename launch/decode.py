@@ -36,11 +36,11 @@ REPORT = flags.DEFINE_string("report", None, "Write the results to this JSON fil
 def main() -> None:
     from lsjax.decoding.benchmark import benchmark
     from lsjax.evaluation.tables import decoding_table, print_table
-    from lsjax.files import write_atomically
+    from lsjax.files import check_writable, write_atomically
     from lsjax.loading import load
 
-    if REPORT.value and not Path(REPORT.value).absolute().parent.is_dir():
-        raise UserError(f"cannot write --report={REPORT.value}: its folder does not exist")
+    if REPORT.value:
+        check_writable(Path(REPORT.value), "--report")
     model = load(MODEL.value)
     report = benchmark(
         model,

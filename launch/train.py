@@ -26,7 +26,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main() -> None:
     config = commands.read_config(CONFIG)
 
-    from lsjax.training.loop import train  # after the check: a wrong key fails at once
+    from lsjax.training.loop import train
 
     train(config, WORKDIR.value)
 

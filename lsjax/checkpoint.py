@@ -11,6 +11,7 @@ from orbax.checkpoint import v1 as ocp
 
 from lsjax.config import CheckpointConfig
 from lsjax.errors import UserError
+from lsjax.files import make_folder
 from lsjax.model.transformer import Params
 from lsjax.training.step import TrainState
 
@@ -21,7 +22,7 @@ class Checkpoints:
     """The checkpoints of one workdir, written in the background."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig):
-        self._folder = Path(workdir).absolute() / FOLDER
+        self._folder = make_folder(Path(workdir).absolute() / FOLDER, "checkpoint folder")
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -48,7 +49,10 @@ class Checkpoints:
             raise unreadable(self._folder, step, error) from error
         return TrainState(loaded["training"]["step"], loaded["params"], loaded["training"]["optimizer"])
 
-    def close(self) -> None:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
         """Waits until everything is on disk."""
         self._checkpointer.close()
 

@@ -18,6 +18,12 @@ def run(main: Callable[[], int | None]) -> None:
     app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 
+def _last_line(error: Exception) -> str:
+    """ml_collections folds whole tracebacks into its messages; the last line says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 def fail(message: object) -> None:
     name = os.path.basename(sys.argv[0])
     print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)
@@ -48,8 +54,10 @@ def _parse(arguments: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:  # ml_collections, on a key that the config does not have
         detail = re.sub(r"(?:\\n|[\n'])+", " ", str(error.args[0])).strip() if error.args else ""
         fail(f"unknown config key {detail} (lsjax/config.py lists them all)")
-    except (flags.Error, TypeError, ValueError) as error:
-        fail(f"{error} (see --help)")
+    except flags.Error as error:
+        fail(f"{_last_line(error)} (see --help)")
+    except Exception as error:  # a configuration file is a program: it may raise anything
+        fail(f"the configuration cannot be read: {type(error).__name__}: {_last_line(error)} (see --help)")
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; every option is --name=value (see --help)")
     return rest

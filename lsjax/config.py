@@ -1,7 +1,7 @@
 """Configuration: frozen dataclasses, built from the ml_collections config that a file in configs/ returns.
 
 A configuration file starts from `default_config()`, so that every key exists (and can be overridden on the
-command line), and sets what differs. `Config.from_config_dict` checks names, types and values once, at start.
+command line), and sets what differs. `Config.from_dict` checks names, types and values once, at start.
 """
 
 import dataclasses
@@ -135,12 +135,8 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @classmethod
-    def from_config_dict(cls, config: ml_collections.ConfigDict) -> "Config":
-        """Raises UserError that names the first unknown key, wrong type or impossible value."""
-        return cls.from_dict(config.to_dict())
-
-    @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Config":
+        """Raises UserError that names the first unknown key, wrong type or impossible value."""
         config = _build(cls, tree, "config")
         _check_values(config)
         return config
@@ -151,14 +147,7 @@ class Config:
 
 def default_config() -> ml_collections.ConfigDict:
     """Every key with its default. Locked: assigning a key that does not exist raises."""
-    return ml_collections.ConfigDict(Config().to_dict())
-
-
-def model_config_from_dict(tree: dict[str, Any]) -> ModelConfig:
-    """The `model` section alone, checked."""
-    model = _build(ModelConfig, tree, "config.model")
-    _check_model(model)
-    return model
+    return ml_collections.ConfigDict(Config().to_dict()).lock()
 
 
 def _build(cls: type, tree: Any, path: str):
@@ -207,7 +196,11 @@ def _check_model(m: ModelConfig) -> None:
     )
     _require(m.head_width % 2 == 0, f"config.model.head_width must be even for rotary embeddings, got {m.head_width}")
     _choice("config.model.rope_scaling.kind", m.rope_scaling.kind, ("none", "linear", "llama3"))
-    _positive("model.rope_scaling", m.rope_scaling, "factor")
+    _positive("model.rope_scaling", m.rope_scaling, "factor", "low_frequency_factor", "original_context_length")
+    _require(
+        m.rope_scaling.low_frequency_factor < m.rope_scaling.high_frequency_factor,
+        "config.model.rope_scaling.low_frequency_factor must be below high_frequency_factor",
+    )
 
 
 def _check_layerskip(s: LayerSkipConfig) -> None:
@@ -232,6 +225,10 @@ def _check_training(config: Config) -> None:
     t = config.training
     _positive("training", t, "total_steps", "batch_size", "sequence_length", "learning_rate")
     _positive("training", t, "gradient_clip", "gradient_accumulation", "loss_chunk", "scan_unroll", "log_every_steps")
+    for name in ("adam_b1", "adam_b2"):
+        _require(0 <= getattr(t, name) < 1, f"config.training.{name} must be in [0, 1), got {getattr(t, name)}")
+    for name in ("final_learning_rate_fraction", "weight_decay", "seed"):
+        _require(getattr(t, name) >= 0, f"config.training.{name} must not be negative, got {getattr(t, name)}")
     _choice("config.training.compute_dtype", t.compute_dtype, ("auto", "float32", "bfloat16"))
     _require(
         t.batch_size % t.gradient_accumulation == 0,
@@ -257,6 +254,8 @@ def _check_values(config: Config) -> None:
     _require(0 < d < 1, f"config.data.held_out_fraction must be between 0 and 1, got {d}")
     _positive("checkpoint", config.checkpoint, "every_steps", "keep")
     _positive("evaluation", config.evaluation, "every_steps")
+    most = config.evaluation.max_batches
+    _require(most >= 0, f"config.evaluation.max_batches must not be negative, got {most}")
     sizes = dataclasses.astuple(config.mesh)
     _require(
         all(size > 0 or size == -1 for size in sizes) and sizes.count(-1) <= 1,

@@ -24,6 +24,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def check_writable(path: Path, what: str) -> None:
+    """Raises UserError, before any work is done, when a file cannot be written at `path`."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"cannot write {what} {path}: its folder does not exist")
+    if Path(path).is_dir():
+        raise UserError(f"cannot write {what} {path}: it is a folder")
+    make_folder(folder, f"{what} in")
+
+
 def make_folder(path: Path, what: str) -> Path:
     """Creates `path` and proves that it can be written; raises UserError naming it otherwise."""
     path = Path(path)

@@ -47,6 +47,9 @@ def load(path: str | Path) -> Model:
         raise UserError(
             f"{path / workdirs.TOKENIZER} has {tokenizer.vocab_size} tokens, the model's embedding {config.vocab_size}"
         )
-    abstract = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    # Whatever mesh it was saved from, here it lies whole on one device.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes)
     step, params = load_params(path, abstract)
     return Model(config, params, tokenizer, str(path), step)

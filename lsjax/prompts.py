@@ -22,13 +22,14 @@ def read_prompts(path: Path) -> list[str]:
     prompts = []
     for number, line in enumerate(lines, 1):
         try:
-            prompt = json.loads(line)["prompt"] if line.strip() else None
+            prompt = json.loads(line)["prompt"] if line.strip() else ...
         except (json.JSONDecodeError, KeyError, TypeError):
             raise UserError(f'{path}:{number}: want {{"prompt": TEXT}}') from None
-        if prompt is not None:
-            if not isinstance(prompt, str) or not prompt:
-                raise UserError(f'{path}:{number}: "prompt" must be a non-empty text')
-            prompts.append(prompt)
+        if prompt is ...:  # an empty line
+            continue
+        if not isinstance(prompt, str) or not prompt:
+            raise UserError(f'{path}:{number}: "prompt" must be a non-empty text')
+        prompts.append(prompt)
     if not prompts:
         raise UserError(f"{path} has no prompts")
     return prompts

@@ -48,6 +48,11 @@ BAD_TRAINING = {
     "no corpus": ([*TRAIN, "--config.data.corpus={tmp}/nothing"], "config.data.corpus"),
     "empty corpus": ([*TRAIN, "--config.data.corpus={empty}"], "is empty"),
     "unwritable workdir": (["--config=configs/demo.py", "--workdir=/proc/nope/w"], "cannot write workdir"),
+    "broken config file": (["--config={tmp}/broken.py", "--workdir={tmp}/w"], "name 'undefined' is not defined"),
+    "wrong key in a config file": (["--config={tmp}/wrong.py", "--workdir={tmp}/w"], "widht"),
+    "negative seed": ([*TRAIN, "--config.training.seed=-1"], "config.training.seed must not be negative"),
+    "mesh over a width": ([*TRAIN, "--config.mesh.data=1", "--config.mesh.tensor=2"], "does not fit 1 device"),
+    "data folder of something else": ([*TRAIN, "--config.data.directory={full}"], "holds something else"),
     "mesh": ([*TRAIN, "--config.mesh.data=7"], "does not fit 1 device"),
 }
 
@@ -55,12 +60,16 @@ BAD_TRAINING = {
 @pytest.mark.parametrize("name", BAD_TRAINING)
 def test_bad_training_input(name, tmp_path, empty):
     arguments, message = BAD_TRAINING[name]
-    result = run("train.py", *(a.format(tmp=tmp_path, empty=empty) for a in arguments))
+    (tmp_path / "broken.py").write_text("get_config = undefined")
+    (tmp_path / "wrong.py").write_text(
+        "from lsjax.config import default_config\n"
+        "def get_config():\n    config = default_config()\n    config.model.widht = 3\n    return config\n"
+    )
+    result = run("train.py", *(a.format(tmp=tmp_path, empty=empty, full=ROOT / "tests") for a in arguments))
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
-    assert not (tmp_path / "w" / "checkpoints").exists()
-    assert not list(tmp_path.glob("w/data*"))
+    assert not list(tmp_path.glob("w/*"))  # nothing half-written, and the next try may use the folder
 
 
 BAD_DECODING = {
@@ -76,6 +85,9 @@ BAD_DECODING = {
     "both prompts": (["--model={run}", "--prompt=x", "--prompts=y"], "not both"),
     "strategy": (["--model={run}", "--strategies=magic"], "magic"),
     "report folder": (["--model={run}", "--report={tmp}/no/report.json"], "folder does not exist"),
+    "report over a folder": (["--model={run}", "--report={tmp}"], "it is a folder"),
+    "model is a file": (["--model={tmp}/null.jsonl"], "not a training workdir"),
+    "prompts without a prompt": (["--model={run}", "--prompts={tmp}/null.jsonl"], "must be a non-empty text"),
     "not a number": (["--model={run}", "--exit_layer=two"], "--exit_layer"),
 }
 
@@ -83,6 +95,7 @@ BAD_DECODING = {
 @pytest.mark.parametrize("name", BAD_DECODING)
 def test_bad_decoding_input(name, tmp_path, workdir):
     arguments, message = BAD_DECODING[name]
+    (tmp_path / "null.jsonl").write_text('{"prompt": null}\n')
     result = run("decode.py", *(a.format(tmp=tmp_path, run=workdir) for a in arguments))
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
@@ -135,4 +148,4 @@ def test_train_runs_and_resumes(text_folder, tmp_path):
 def test_help_teaches(command):
     result = run(command, "--help")
     assert f"python launch/{command} --" in result.stdout
-    assert "--" in result.stdout
+    assert result.stdout.count("\n  --") >= 2  # the flags, each with its line

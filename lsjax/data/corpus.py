@@ -10,7 +10,7 @@ from pathlib import Path
 from lsjax.config import DataConfig
 from lsjax.errors import UserError
 
-# Generated tables, test suites and vendored copies teach a model little.
+# Of the standard library: generated tables, test suites and vendored copies teach a model little.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"}
 _SKIPPED_FOLDERS |= {"ensurepip", "pydoc_data", "encodings", "__pycache__"}
 
@@ -23,7 +23,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents split by name, so that no held-out file shares text with a training file."""
+    """Documents, each whole in one split."""
 
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
@@ -61,8 +61,10 @@ def _read(config: DataConfig) -> Iterator[Document]:
     if config.corpus == "python":
         return _python_standard_library()
     path = Path(config.corpus)
-    if path.is_dir():
-        return _folder(path, config.file_pattern)
+    if config.corpus and path.is_dir():
+        if not config.file_pattern or Path(config.file_pattern).is_absolute():
+            raise UserError(f'config.data.file_pattern must be relative, such as "**/*.txt": {config.file_pattern!r}')
+        return _folder(path, config.file_pattern, skipped=set())
     if path.is_file() and path.suffix == ".jsonl":
         return _jsonl(path, config.text_key)
     raise UserError(f'config.data.corpus {config.corpus!r} is neither "python", nor a folder, nor a .jsonl file')
@@ -74,30 +76,30 @@ def _is_held_out(name: str, fraction: float) -> bool:
 
 
 def _python_standard_library() -> Iterator[Document]:
-    return _folder(Path(sysconfig.get_paths()["stdlib"]), "**/*.py")
+    return _folder(Path(sysconfig.get_paths()["stdlib"]), "**/*.py", _SKIPPED_FOLDERS)
 
 
-def _folder(root: Path, pattern: str) -> Iterator[Document]:
+def _folder(root: Path, pattern: str, skipped: set[str]) -> Iterator[Document]:
     for path in sorted(root.glob(pattern)):
         relative = path.relative_to(root)
-        hidden = any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in relative.parts)
-        if hidden or path.is_symlink() or not path.is_file():
+        if any(part.startswith(".") or part in skipped for part in relative.parts) or not path.is_file():
             continue
         try:
             yield Document(relative.as_posix(), path.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             continue  # not text
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _jsonl(path: Path, text_key: str) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                text = row[text_key]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                text = json.loads(line.decode("utf-8"))[text_key]
+            except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f'{path}:{number}: want a JSON object with a "{text_key}" string: {error}') from None
             if not isinstance(text, str):
                 raise UserError(f'{path}:{number}: "{text_key}" is {type(text).__name__}, not a string')

@@ -60,6 +60,8 @@ def prepare(config: Config, directory: Path, note: Callable[[str], None] = print
             f"{directory} holds data packed for {manifest['request']}, not {request}; remove it or set "
             "config.data.directory to another folder"
         )
+    corpus = manifest["corpus"]
+    note(f"corpus: {corpus['documents']} documents, {corpus['bytes']:,} bytes, sha256 {corpus['sha256']}")
     for split, counts in manifest["splits"].items():
         note(f"{split}: {counts['documents']} documents, {counts['tokens']:,} tokens")
     return load_tokenizer(Path(directory) / TOKENIZER), manifest
@@ -67,7 +69,10 @@ def prepare(config: Config, directory: Path, note: Callable[[str], None] = print
 
 def read_manifest(directory: Path) -> dict | None:
     path = Path(directory) / _MANIFEST
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove {directory} to pack the corpus again") from None
 
 
 def record_path(directory: Path, split: str) -> Path:
@@ -85,9 +90,10 @@ def _request(config: Config) -> dict:
 
 
 def _build(config: Config, directory: Path, request: dict, note: Callable[[str], None]) -> dict:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"data folder {directory} exists and holds something else; choose another")
     corpus = load_corpus(config.data)
     fingerprint = corpus.fingerprint()
-    note("corpus {}: {documents} documents, {bytes:,} bytes, sha256 {sha256}".format(config.data.corpus, **fingerprint))
     tokenizer = _make_tokenizer(config, corpus)
     make_folder(directory.parent, "data folder")
     scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
@@ -97,7 +103,10 @@ def _build(config: Config, directory: Path, request: dict, note: Callable[[str],
         tokenizer.save(scratch / TOKENIZER)
         manifest = {"request": request, "corpus": fingerprint, "splits": counts}
         write_atomically(scratch / _MANIFEST, json.dumps(manifest, indent=2))
+        scratch.chmod(0o755)
         scratch.rename(directory)
+    except OSError as error:
+        raise UserError(f"cannot write data folder {directory}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return manifest

@@ -36,12 +36,13 @@ def training_batches(
 def held_out_batches(
     directory: Path, batch_size: int, sequence_length: int, max_batches: int, host: int = 0, num_hosts: int = 1
 ) -> list[Batch]:
-    """The first held-out sequences, in file order, whole batches only (at least one: rows repeat if they must)."""
+    """Held-out sequences spread evenly over the files, always the same, in whole batches (at least one: rows
+    repeat if they must). `max_batches` 0 means all."""
     records = _records(directory, "held_out")
     batches = max(1, len(records) // batch_size)
     batches = min(batches, max_batches) if max_batches else batches
-    if len(records) < batch_size:
-        records = records.repeat()
+    stride = max(1, len(records) // (batches * batch_size))
+    records = records[::stride] if len(records) >= batch_size else records.repeat()
     rows = _HostRows(records[: batches * batch_size], batch_size // num_hosts, host, num_hosts)
     return list(_batched(rows, batch_size // num_hosts, sequence_length))
 

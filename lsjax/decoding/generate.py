@@ -1,6 +1,7 @@
 """`generate`: prompts in, texts out, by any strategy; and the compiled programs behind it."""
 
 import functools
+import operator
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -70,7 +71,10 @@ class PromptBatch(NamedTuple):
 def _encode(model: Model, index: int, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
     if isinstance(prompt, str) and not prompt:
         raise UserError(f"prompt {index} is empty")
-    row = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    try:
+        row = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [operator.index(t) for t in prompt]
+    except TypeError:
+        raise UserError(f"prompt {index} must be a text or a list of token ids, got {prompt!r}") from None
     if not row:
         raise UserError(f"prompt {index} is empty")
     bad = [token for token in row if not 0 <= token < model.config.vocab_size]

@@ -44,7 +44,9 @@ def _draw_grid(axes, runs: list[dict[str, Any]], key: str, title: str, spec: str
     drafts = sorted({run["num_speculations"] for run in runs})
     grid = np.full((len(exits), len(drafts)), np.nan)
     for run in runs:
-        grid[exits.index(run["exit_layer"]), drafts.index(run["num_speculations"])] = run[key]
+        grid[exits.index(run["exit_layer"]), drafts.index(run["num_speculations"])] = (
+            np.nan if run[key] is None else run[key]
+        )
     axes.imshow(grid, cmap="viridis", aspect="auto")
     middle = np.nanmean(grid) if runs else 0.0
     for (row, column), value in np.ndenumerate(grid):

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 
 LN2 = 0.6931471805599453
+DEPTH_SCHEDULES = ("exponential", "linear", "uniform")
+TIME_SCHEDULES = ("constant", "exponential", "linear_decay")
 
 
 def layer_dropout_rates(
@@ -21,6 +23,8 @@ def layer_dropout_rates(
     """
     layer = jnp.arange(num_layers) / max(num_layers - 1, 1)
     time = jnp.asarray(step, jnp.float32) / max(total_steps - 1, 1)
+    if depth_schedule not in DEPTH_SCHEDULES or time_schedule not in TIME_SCHEDULES:
+        raise ValueError(f"unknown layer dropout schedule {depth_schedule!r} or {time_schedule!r}")
     depth = {
         "exponential": lambda: jnp.expm1(layer * LN2),
         "linear": lambda: layer,

@@ -83,6 +83,7 @@ def scan_layers(
     (default: one document a row); per_layer: a tree of [L, ...] arrays; read(x_{l+1}, per_layer[l]) -> anything.
     Returns (x_L [B,S,D], what `read` gave, stacked [L, ...]).
     """
+    tokens = jnp.asarray(tokens)
     batch, length = tokens.shape
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from lsjax.checkpoint import Checkpoints, abstract_arrays
 from lsjax.config import Config
@@ -26,9 +25,11 @@ from lsjax.training.step import StepMetrics, TrainState, init_state, make_train_
 
 
 class TrainResult(NamedTuple):
+    """`profile` is that of the final step; None when the run was interrupted before it."""
+
     step: int
     params: dict
-    profile: ExitProfile | None  # of the last evaluation; None when the run was interrupted before one
+    profile: ExitProfile | None
 
 
 def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> TrainResult:
@@ -41,18 +42,18 @@ def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> Train
     workdir = Path(workdir)
     mesh = make_mesh(config.mesh)
     check_batch(config.training.batch_size // config.training.gradient_accumulation, mesh, "a microbatch")
-    workdirs.claim(workdir, config)
+    workdirs.check_free(workdir, config)
+    shardings = state_shardings(config, mesh)
 
     # ---- What: packed text, made once.
     say = print if verbose else lambda _: None
     directory = workdirs.data_directory(workdir, config)
     tokenizer, _ = prepare(config, directory, say)
-    tokenizer.save(workdir / workdirs.TOKENIZER)
+    workdirs.claim(workdir, config, tokenizer)
 
     # ---- From: the latest checkpoint, or random parameters born in their shards.
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    with jax.set_mesh(mesh):
-        state = _restore_or_init(config, mesh, checkpoints)
+    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
+        state = _restore_or_init(config, shardings, checkpoints)
         first_step = int(state.step)
         start = f"resuming at step {first_step}" if first_step else "starting"
         say(f"{start}: {count_params(config.model):,} parameters on {mesh.size} {jax.default_backend()} device(s)")
@@ -66,11 +67,9 @@ def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> Train
         finally:
             display.close()
             log.close()
-            checkpoints.close()
 
 
-def _restore_or_init(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
-    shardings = state_shardings(config, mesh)
+def _restore_or_init(config: Config, shardings: TrainState, checkpoints: Checkpoints) -> TrainState:
     if checkpoints.latest_step() is None:
         return jax.jit(lambda: init_state(config), out_shardings=shardings)()
     abstract = jax.eval_shape(lambda: init_state(config))
@@ -89,9 +88,7 @@ class _Run:
     def until_done(self, state: TrainState, first_step: int) -> TrainResult:
         t, sharding = self.config.training, batch_sharding(self.mesh)
         train_step = make_train_step(self.config, self.mesh)
-        batches = training_batches(
-            self.directory, t.batch_size, t.sequence_length, t.seed, first_batch=first_step, **_host()
-        )
+        batches = training_batches(self.directory, t.batch_size, t.sequence_length, t.seed, first_batch=first_step)
         pending: tuple[int, StepMetrics] | None = None
         self.clock = (time.monotonic(), first_step)
         step = first_step
@@ -102,21 +99,25 @@ class _Run:
                 if pending:
                     self._finish_step(*pending)
                 pending = (step, metrics)
-                last = step == t.total_steps or stop_requested()
-                if last or step % self.config.checkpoint.every_steps == 0:
-                    # Only a step known to be finite is saved.
+                stopping = stop_requested()
+                evaluating = step == t.total_steps or step % self.config.evaluation.every_steps == 0
+                saving = step == t.total_steps or step % self.config.checkpoint.every_steps == 0 or stopping
+                if evaluating or saving:
+                    # Only a step known to be finite is evaluated or saved. What is logged of a step is written
+                    # before its checkpoint: a run killed in between repeats it, and nothing is missing.
                     self._finish_step(*pending)
                     pending = None
+                if evaluating:
+                    self._log_evaluation(step, self._evaluate(state))
+                if saving:
                     self.checkpoints.save(state)
-                if step == t.total_steps or step % self.config.evaluation.every_steps == 0:
-                    self._evaluate(step, state)
-                if last:
+                if stopping:
                     break
         if step < t.total_steps:
             self.display.note(f"interrupted: saved at step {step}; the same command resumes from there")
-        if self.profile is None and step == t.total_steps:
-            self._evaluate(step, state)  # the run was already complete
-        return TrainResult(step, state.params, self.profile)
+            return TrainResult(step, state.params, None)
+        # A run that was complete before has logged its evaluation already.
+        return TrainResult(step, state.params, self.profile or self._evaluate(state))
 
     def _finish_step(self, step: int, metrics: StepMetrics) -> None:
         """Waits for a step's metrics, refuses what is not finite, and logs it when its turn has come."""
@@ -131,27 +132,24 @@ class _Run:
         self.log.write_step(record)
         self.display.update(record)
 
-    def _evaluate(self, step: int, state: TrainState) -> None:
+    def _evaluate(self, state: TrainState) -> ExitProfile:
         began = time.monotonic()
         t, sharding = self.config.training, batch_sharding(self.mesh)
-        batches = held_out_batches(
-            self.directory, t.batch_size, t.sequence_length, self.config.evaluation.max_batches, **_host()
-        )
+        batches = held_out_batches(self.directory, t.batch_size, t.sequence_length, self.config.evaluation.max_batches)
         put = (put_batch(batch, sharding) for batch in batches)
         self.profile = exit_profile(state.params, put, self.config.model)
-        self.log.write_evaluation(describe_evaluation(step, self.profile))
-        self.display.note(_evaluation_line(step, self.profile))
         then, previous = self.clock
         self.clock = (then + time.monotonic() - began, previous)  # evaluation is no training time
+        return self.profile
+
+    def _log_evaluation(self, step: int, profile: ExitProfile) -> None:
+        self.log.write_evaluation(describe_evaluation(step, profile))
+        self.display.note(_evaluation_line(step, profile))
 
 
 def put_batch(batch: Batch, sharding) -> Batch:
     """This host's rows -> global arrays laid out over the mesh."""
     return Batch(*(jax.make_array_from_process_local_data(sharding, column) for column in batch))
-
-
-def _host() -> dict[str, int]:
-    return {"host": jax.process_index(), "num_hosts": jax.process_count()}
 
 
 def _check_finite(step: int, metrics: StepMetrics) -> None:
@@ -164,8 +162,8 @@ def _check_finite(step: int, metrics: StepMetrics) -> None:
             )
     if not (np.isfinite(metrics.gradient_norm) and np.isfinite(metrics.loss)):
         raise UserError(
-            f"step {step}: the losses are finite but the gradient norm is {metrics.gradient_norm}; the last good "
-            "checkpoint is kept. Lower config.training.learning_rate"
+            f"step {step}: every exit's loss is finite but the gradient norm is {metrics.gradient_norm} and the loss "
+            f"{metrics.loss}; the last good checkpoint is kept. Lower config.training.learning_rate"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from lsjax.errors import UserError
 from lsjax.evaluation.exits import ExitProfile
 from lsjax.files import write_atomically
 from lsjax.training.step import StepMetrics
@@ -63,7 +64,10 @@ class RunLog:
 
 class _JsonLines:
     def __init__(self, path: Path, last_step: int):
-        kept = [line for line in read_complete_lines(path) if json.loads(line)["step"] <= last_step]
+        try:
+            kept = [line for line in read_complete_lines(path) if json.loads(line)["step"] <= last_step]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} holds a line that is no record of a step; move the file away to resume") from None
         write_atomically(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 

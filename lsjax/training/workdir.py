@@ -4,33 +4,45 @@ import json
 from pathlib import Path
 
 from lsjax.config import Config
+from lsjax.data.tokenizer import Tokenizer, load_tokenizer
 from lsjax.errors import UserError
 from lsjax.files import make_folder, write_atomically
 
 CONFIG, TOKENIZER, DATA = "config.json", "tokenizer.json", "data"
 
-# What may change when a run resumes: where and how often, never what is learned.
+# What may change when a run resumes: the mesh, and how often to save and evaluate.
 _FREE_SECTIONS = ("mesh", "checkpoint", "evaluation")
 
 
-def claim(workdir: Path, config: Config) -> None:
-    """Makes `workdir` this run's, or raises UserError naming the first key in which it is another's."""
+def check_free(workdir: Path, config: Config) -> None:
+    """Raises UserError when `workdir` cannot be written, or names the first key in which it is another run's."""
     make_folder(workdir, "workdir")
-    path = Path(workdir) / CONFIG
-    if path.exists():
+    if (Path(workdir) / CONFIG).exists():
         difference = _first_difference(read_config(workdir).to_dict(), config.to_dict())
         if difference:
             raise UserError(f"{workdir} holds another run: {difference}; use another --workdir or the same config")
-    write_atomically(path, json.dumps(config.to_dict(), indent=2))
+
+
+def claim(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Makes `workdir` this run's, once everything it needs has been found good.
+
+    Raises UserError when an earlier part of the run used another tokenizer (its data was removed and packed anew
+    from other text).
+    """
+    path = Path(workdir) / TOKENIZER
+    if path.exists() and load_tokenizer(path).backend.to_str() != tokenizer.backend.to_str():
+        raise UserError(f"{path} is not the tokenizer of the packed data: the corpus has changed since the run began")
+    tokenizer.save(path)
+    write_atomically(Path(workdir) / CONFIG, json.dumps(config.to_dict(), indent=2))
 
 
 def read_config(workdir: Path) -> Config:
     path = Path(workdir) / CONFIG
     try:
         return Config.from_dict(json.loads(path.read_text()))
-    except FileNotFoundError:
+    except OSError:
         raise UserError(f"{workdir} is not a training workdir: it has no {CONFIG}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not UTF-8, or not JSON
         raise UserError(f"{path} is not JSON: {error}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

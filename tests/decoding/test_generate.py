@@ -63,3 +63,16 @@ def test_the_benchmark_report_is_consistent(model):
         # Two groups of equal size: the median of two is their mean.
         assert run["ms_per_token"] == pytest.approx(1e3 * run["seconds"] / (4 * 8), rel=1e-6)
     assert len(notes) == 4 + 2
+
+
+def test_a_text_that_ends_at_once_has_no_speed(tiny, tiny_params):
+    """The stop token comes first for one prompt only: its time a token does not exist, the others' does."""
+    plain = Model(tiny, tiny_params, NoTokenizer())
+    firsts = [row[0] for row in generate(plain, PROMPTS, 1).tokens]
+    assert len(set(firsts)) > 1
+    model = Model(tiny, tiny_params, NoTokenizer([firsts[0]]))
+    report = benchmark(model, PROMPTS, [SelfSpeculative(2, 3)], max_new_tokens=9, repeats=1)
+    assert report["runs"][1]["speedup"] > 0
+    report = benchmark(model, PROMPTS[:1], [SelfSpeculative(2, 3)], max_new_tokens=9, repeats=1)
+    assert report["runs"][1]["speedup"] is None
+    assert report["runs"][1]["new_tokens"] == 1

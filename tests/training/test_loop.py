@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,13 +89,15 @@ def test_running_again_changes_nothing(finished):
     again = train(config, workdir, verbose=False)
     assert again.step == 12
     assert metrics(workdir) == before
+    assert [row["step"] for row in read_lines(workdir / "evaluations.jsonl")] == [6, 12]
     np.testing.assert_allclose(again.profile.loss, result.profile.loss, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(text_folder, tmp_path_factory):
     """A longer run, so that a signal surely arrives before its end."""
-    config = replace(_tiny_run(text_folder), training={"total_steps": 150}, evaluation={"every_steps": 50})
+    # Saving and evaluating fall on the same steps, so that stopping between the two is tried as well.
+    config = replace(_tiny_run(text_folder), training={"total_steps": 150}, evaluation={"every_steps": 5})
     workdir = tmp_path_factory.mktemp("uninterrupted")
     train(config, workdir, verbose=False)
     return config, workdir
@@ -164,8 +167,6 @@ def test_a_run_continues_on_another_mesh(tiny_run, tmp_path):
     straight = train(one, tmp_path / "a", verbose=False)
     # Stopped by hand after step 10: the later checkpoint is removed.
     train(one, tmp_path / "b", verbose=False)
-    import shutil
-
     shutil.rmtree(tmp_path / "b" / "checkpoints" / "12")
     moved = train(replace(one, mesh=dataclasses.asdict(MeshConfig(1, 4, 2))), tmp_path / "b", verbose=False)
     np.testing.assert_allclose(moved.profile.loss, straight.profile.loss, rtol=1e-5)
@@ -203,3 +204,23 @@ def test_bad_meshes_are_named(tiny_run, tmp_path):
         train(replace(tiny_run, training={"batch_size": 12}), tmp_path, verbose=False)
     with pytest.raises(UserError, match=r"config.mesh.tensor .* does not divide"):
         train(replace(tiny_run, mesh={"data": 2, "tensor": 4}), tmp_path, verbose=False)
+
+
+def test_a_rejected_run_does_not_claim_its_workdir(tiny_run, tmp_path):
+    with pytest.raises(UserError, match="neither"):
+        train(replace(tiny_run, data={"corpus": "/nowhere"}), tmp_path, verbose=False)
+    with pytest.raises(UserError, match=r"config.mesh.tensor"):
+        train(replace(tiny_run, mesh={"data": 2, "tensor": 4}), tmp_path, verbose=False)
+    assert list(tmp_path.iterdir()) == []
+    train(replace(tiny_run, training={"total_steps": 2}), tmp_path, verbose=False)
+
+
+def test_text_that_changed_under_a_run_is_noticed(tiny_run, tmp_path, text_folder):
+    changing = tmp_path / "text"
+    shutil.copytree(text_folder, changing)
+    config = replace(tiny_run, data={"corpus": str(changing)}, training={"total_steps": 2})
+    train(config, tmp_path / "run", verbose=False)
+    shutil.rmtree(tmp_path / "run" / "data")
+    (changing / "argparse.py").write_text("entirely = 'different'\n" * 2000)
+    with pytest.raises(UserError, match="the corpus has changed since the run began"):
+        train(config, tmp_path / "run", verbose=False)

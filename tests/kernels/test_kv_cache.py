@@ -1,0 +1,60 @@
+"""The plain-JAX KV cache against numpy, row by row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.kv_cache.reference import LayerCache, attend, init_layer_cache, write
+
+B, K, C, H = 3, 2, 24, 8
+
+
+def filled(seed=0):
+    rng = np.random.default_rng(seed)
+    return LayerCache(*(jnp.asarray(rng.normal(size=(B, K, C, H)), jnp.float32) for _ in range(2)))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
+def test_write_changes_exactly_the_rows_it_should(tokens):
+    old, rng = filled(), np.random.default_rng(1)
+    k, v = (rng.normal(size=(B, tokens, K, H)).astype(np.float32) for _ in range(2))
+    positions = np.array([0, 7, C - tokens], np.int32)
+    new = jax.jit(write)(old, k, v, positions)
+    for before, after, written in ((old.k, new.k, k), (old.v, new.v, v)):
+        expected = np.array(before)
+        for b in range(B):
+            for t in range(tokens):
+                expected[b, :, positions[b] + t] = written[b, t]
+        np.testing.assert_array_equal(after, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
+@pytest.mark.parametrize("group", [1, 3])
+def test_attend_is_softmax_over_what_each_query_sees(tokens, group):
+    positions = np.array([0, 5, C - tokens], np.int32)
+    # Whatever lies past the last query of a row is never read: here it is NaN.
+    stale = np.arange(C)[None, None, :, None] >= (positions + tokens)[:, None, None, None]
+    cache = jax.tree.map(lambda a: jnp.where(stale, jnp.nan, a), filled())
+    q = np.random.default_rng(2).normal(size=(B, tokens, K, group, H)).astype(np.float32)
+    mixed = jax.jit(attend)(q, cache, positions)
+    assert mixed.shape == q.shape
+    for b in range(B):
+        for t in range(tokens):
+            seen = positions[b] + t + 1
+            for k in range(K):
+                keys, values = (np.asarray(a[b, k, :seen], np.float64) for a in cache)
+                for g in range(group):
+                    scores = keys @ q[b, t, k, g] / np.sqrt(H)
+                    weights = np.exp(scores - scores.max())
+                    expected = weights @ values / weights.sum()
+                    np.testing.assert_allclose(mixed[b, t, k, g], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_scores_are_float32():
+    """Many equal keys: summed weights in bfloat16 would not add up to one."""
+    cache = init_layer_cache(1, 1, 1000, 8, jnp.bfloat16)
+    cache = LayerCache(cache.k, jnp.ones_like(cache.v))
+    mixed = attend(jnp.ones((1, 2, 1, 1, 8), jnp.bfloat16), cache, jnp.array([990]))
+    assert mixed.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(mixed, np.float32), 1.0, rtol=1e-2)
