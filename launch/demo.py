@@ -13,8 +13,8 @@ from lsjax import commands
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "Configuration file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the run; created, or resumed from.")
-EXIT_LAYERS = flags.DEFINE_list("exit_layers", "1,2,3,4", "Exit layers to benchmark.")
-NUM_SPECULATIONS = flags.DEFINE_list("num_speculations", "2,4,6", "Drafted tokens a round to benchmark.")
+EXIT_LAYERS = flags.DEFINE_list("exit_layers", "1,2,3", "Exit layers to benchmark.")
+NUM_SPECULATIONS = flags.DEFINE_list("num_speculations", "1,2,3,4,6", "Drafted tokens a round to benchmark.")
 
 
 def main() -> None:

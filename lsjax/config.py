@@ -48,6 +48,8 @@ class ModelConfig:
 class LayerSkipConfig:
     """The recipe (arXiv 2404.16710, section 4.1). The defaults are the paper's continual setting.
 
+    `exit_weight_floor`: least weight of an active exit, as a share of the last layer's (0 is the paper, where the
+    first exits, the cheapest to draft with, weigh next to nothing).
     `exit_distillation`: beside the cross-entropy of each early exit, this much of its KL divergence from the last
     layer's own distribution, gradient stopped (not in the paper; EESD, arXiv 2406.03853). 0 is the paper."""
 
@@ -59,6 +61,7 @@ class LayerSkipConfig:
     exit_scale: float = 0.2
     exit_curriculum: str = "rotational"
     exit_rotation: int = 8
+    exit_weight_floor: float = 0.0
     exit_distillation: float = 0.0
 
 
@@ -217,8 +220,9 @@ def _check_layerskip(s: LayerSkipConfig) -> None:
     _choice("config.layerskip.exit_curriculum", s.exit_curriculum, ("none", "rotational", "gradual", "all"))
     _require(0 <= s.exit_scale <= 1, f"config.layerskip.exit_scale must be in [0, 1], got {s.exit_scale}")
     _positive("layerskip", s, "exit_rotation")
-    d = s.exit_distillation
+    d, floor = s.exit_distillation, s.exit_weight_floor
     _require(d >= 0, f"config.layerskip.exit_distillation must not be negative, got {d}")
+    _require(0 <= floor <= 1, f"config.layerskip.exit_weight_floor must be in [0, 1], got {floor}")
 
 
 def _check_training(config: Config) -> None:

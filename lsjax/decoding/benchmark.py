@@ -92,9 +92,11 @@ class _Trial:
         rows = [row for results in self.results for row in results[0].stats]
         drafted, rounds = sum(row["drafted"] for row in rows), sum(row["rounds"] for row in rows)
         new_tokens = sum(row["new_tokens"] for row in rows)
-        times = [(t.median(i, "ms_per_token") for i in range(len(self.batches))) for t in (reference, self)]
+        pairs = [
+            (reference.median(i, "ms_per_token"), self.median(i, "ms_per_token")) for i in range(len(self.batches))
+        ]
         # A text that ended with its first token has no time a token.
-        pairs = [pair for pair in zip(*times, strict=True) if None not in pair]
+        pairs = [pair for pair in pairs if None not in pair]
         return {
             "strategy": self.strategy.name,
             "exit_layer": rows[0]["exit_layer"],

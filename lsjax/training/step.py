@@ -53,7 +53,7 @@ def recipe_at(step: jax.Array | int, config: Config) -> Recipe:
         layers, s.dropout_max_rate, step, total, s.dropout_depth_schedule, s.dropout_time_schedule
     )
     active = exit_curriculum(s.exit_curriculum, layers, step, total, s.exit_rotation)
-    return Recipe(rates, active, exit_weights(layers, s.exit_scale, active))
+    return Recipe(rates, active, exit_weights(layers, s.exit_scale, active, s.exit_weight_floor))
 
 
 def compute_dtype(config: Config) -> jnp.dtype:

@@ -62,6 +62,9 @@ def test_the_benchmark_report_is_consistent(model):
     for run in report["runs"]:
         # Two groups of equal size: the median of two is their mean.
         assert run["ms_per_token"] == pytest.approx(1e3 * run["seconds"] / (4 * 8), rel=1e-6)
+        # With two groups: the median of two ratios lies between them, as does the ratio of the sums.
+        assert run["speedup"] == pytest.approx(plain["seconds"] / run["seconds"], rel=0.5)
+    assert len({run["speedup"] for run in report["runs"]}) == 4
     assert len(notes) == 4 + 2
 
 

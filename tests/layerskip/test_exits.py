@@ -33,6 +33,12 @@ def test_last_layer_share_with_all_exits_on():
     np.testing.assert_allclose(exit_weights(32, 0.2, jnp.ones(32, bool))[-1], 0.111, atol=5e-4)
 
 
+def test_the_floor_lifts_small_exits_and_nothing_else():
+    active = jnp.array([True, True, False, True, True])
+    # e = [0, 1, 3, 6, 4 + 6] at e_scale 1; a floor of 0.25 lifts the first two to 2.5.
+    np.testing.assert_allclose(exit_weights(5, 1.0, active, floor=0.25), np.array([2.5, 2.5, 0, 6, 10]) / 21, rtol=1e-6)
+
+
 def test_one_layer_has_all_the_weight():
     assert exit_weights(1, 0.5, jnp.ones(1, bool)).tolist() == [1.0]
 
