@@ -19,7 +19,7 @@ from lsjax.evaluation.exits import ExitProfile, exit_profile
 from lsjax.model.transformer import count_params
 from lsjax.scale.sharding import batch_sharding, check_batch, make_mesh
 from lsjax.training import workdir as workdirs
-from lsjax.training.metrics import RunLog, describe_evaluation, describe_step
+from lsjax.training.metrics import RunLog, active_exit_losses, describe_evaluation, describe_step
 from lsjax.training.progress import ProgressDisplay
 from lsjax.training.step import StepMetrics, TrainState, init_state, make_train_step, state_shardings
 
@@ -123,6 +123,7 @@ class _Run:
         """Waits for a step's metrics, refuses what is not finite, and logs it when its turn has come."""
         metrics = jax.device_get(metrics)
         _check_finite(step, metrics)
+        self.display.observe(active_exit_losses(metrics))
         if step % self.config.training.log_every_steps and step != self.config.training.total_steps and step != 1:
             return
         now, (then, previous) = time.monotonic(), self.clock

@@ -15,17 +15,22 @@ from lsjax.training.step import StepMetrics
 
 def describe_step(step: int, metrics: StepMetrics, tokens_per_second: float) -> dict[str, Any]:
     """The JSON object of one finished step; `step` counts from 1. Losses are nats a token."""
-    losses, active = np.asarray(metrics.exit_losses), np.asarray(metrics.exit_active)
+    losses = active_exit_losses(metrics)
     return {
         "step": step,
         "loss": float(metrics.loss),
-        "final_loss": float(losses[-1]),
-        "exit_losses": {str(layer + 1): float(losses[layer]) for layer in np.flatnonzero(active)},
+        "final_loss": losses[max(losses)],
+        "exit_losses": {str(exit_layer): loss for exit_layer, loss in losses.items()},
         "gradient_norm": float(metrics.gradient_norm),
         "learning_rate": float(metrics.learning_rate),
         "layer_dropout_rate": float(metrics.layer_dropout_rate),
         "tokens_per_second": round(tokens_per_second, 1),
     }
+
+
+def active_exit_losses(metrics: StepMetrics) -> dict[int, float]:
+    """{exit_layer: loss} of the exits trained at this step; the last layer always is."""
+    return {int(layer) + 1: float(metrics.exit_losses[layer]) for layer in np.flatnonzero(metrics.exit_active)}
 
 
 def describe_evaluation(step: int, profile: ExitProfile) -> dict[str, Any]:

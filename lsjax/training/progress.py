@@ -10,7 +10,7 @@ _EXITS_SHOWN = 3
 
 
 class ProgressDisplay:
-    """`update` after every logged step, `note` for anything else worth a line."""
+    """`observe` after every step, `update` after a logged one, `note` for anything else worth a line."""
 
     def __init__(self, first_step: int, total_steps: int, enabled: bool = True):
         self._console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
@@ -23,9 +23,13 @@ class ProgressDisplay:
             self._task = self._bar.add_task("", total=total_steps, completed=first_step)
             self._bar.start()
 
+    def observe(self, exit_losses: dict[int, float]) -> None:
+        """Keeps the latest loss of every exit: a rotating curriculum trains only some at a step."""
+        self._exit_losses |= exit_losses
+
     def update(self, record: dict[str, Any]) -> None:
         step = record["step"]
-        text = f"loss {record['final_loss']:.3f}{self._exit_text(record)}"
+        text = f"loss {record['final_loss']:.3f}{self._exit_text()}"
         text += f"  {record['tokens_per_second']:,.0f} tokens/s"
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)
@@ -41,12 +45,9 @@ class ProgressDisplay:
         if self._bar:
             self._bar.stop()
 
-    def _exit_text(self, record: dict[str, Any]) -> str:
-        """The latest loss of a few exits: a rotating curriculum trains only some at a step."""
-        *early, _ = sorted((int(layer), loss) for layer, loss in record["exit_losses"].items())
-        self._exit_losses |= dict(early)
-        layers = sorted(self._exit_losses)
-        shown = layers[:: -(-len(layers) // _EXITS_SHOWN)] if layers else []
+    def _exit_text(self) -> str:
+        early = sorted(self._exit_losses)[:-1]
+        shown = early[:: -(-len(early) // _EXITS_SHOWN)] if early else []
         return "".join(f"  exit {layer}: {self._exit_losses[layer]:.2f}" for layer in shown)
 
 
