@@ -12,7 +12,7 @@ from lsjax.training.loop import train
 ROOT = Path(__file__).parent.parent
 
 
-def run(command, *arguments, timeout=300):
+def run(command, *arguments, timeout=120):
     return subprocess.run(
         [sys.executable, str(ROOT / "launch" / command), *map(str, arguments)],
         capture_output=True, text=True, timeout=timeout, cwd=ROOT,
@@ -35,7 +35,7 @@ def empty(tmp_path_factory):
 
 TRAIN = ["--config=configs/demo.py", "--workdir={tmp}/w"]
 BAD_TRAINING = {
-    "no config": ([], "--config"),
+    "nothing": ([], "--workdir"),
     "missing config file": (["--config=configs/nope.py", "--workdir={tmp}/w"], "configs/nope.py"),
     "no workdir": (["--config=configs/demo.py"], "--workdir"),
     "unknown key": ([*TRAIN, "--config.model.widht=3"], "width"),
@@ -43,7 +43,7 @@ BAD_TRAINING = {
     "unknown flag": ([*TRAIN, "--frobnicate=1"], "frobnicate"),
     "stray argument": ([*TRAIN, "extra"], "extra"),
     "bad choice": ([*TRAIN, "--config.layerskip.exit_curriculum=some"], "rotational"),
-    "impossible shape": ([*TRAIN, "--config.model.num_kv_heads=3"], "num_kv_heads"),
+    "impossible shape": ([*TRAIN, "--config.model.num_kv_heads=5"], "num_kv_heads"),
     "sequence over context": ([*TRAIN, "--config.training.sequence_length=100000"], "context_length"),
     "no corpus": ([*TRAIN, "--config.data.corpus={tmp}/nothing"], "config.data.corpus"),
     "empty corpus": ([*TRAIN, "--config.data.corpus={empty}"], "is empty"),

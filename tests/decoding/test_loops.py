@@ -84,10 +84,12 @@ def test_the_drafts_of_the_full_model_are_always_accepted(model):
 
 def test_rounds_count_rejections_as_they_are(model):
     """accepted + rounds = tokens the loop emitted: each round adds its accepted drafts and one verified token."""
-    for row in generate(model, PROMPTS, NEW, SelfSpeculative(2, 3)).stats:
+    stats = generate(model, PROMPTS, NEW, SelfSpeculative(3, 3)).stats
+    for row in stats:
         # The last round may be cut at the limit, which loses its verified token.
         assert row["accepted"] + row["rounds"] - (row["new_tokens"] - 1) in (0, 1)
-        assert 0 < row["accepted"] <= row["drafted"]
+    # Some drafts are accepted and some are not, or this test would see neither case.
+    assert 0 < sum(row["accepted"] for row in stats) < sum(row["drafted"] for row in stats)
 
 
 @pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(2, 4), EarlyExit(2)])
