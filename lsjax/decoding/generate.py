@@ -143,13 +143,13 @@ class DecodeProgram:
         }
         stats = []
         for row in range(rows):
-            drafted, rounds = int(state.drafted[row]), int(state.rounds[row])
+            drafted, accepted, rounds = (int(a[row]) for a in (state.drafted, state.accepted, state.rounds))
             counts = {
                 "new_tokens": len(tokens[row]),
                 "rounds": rounds,
                 "drafted": drafted,
-                "accepted": int(state.accepted[row]),
-                "acceptance_rate": state.accepted[row] / drafted if drafted else None,
+                "accepted": accepted,
+                "acceptance_rate": accepted / drafted if drafted else None,
                 "tokens_per_round": (len(tokens[row]) - 1) / rounds if rounds else None,
             }
             stats.append(common | counts)

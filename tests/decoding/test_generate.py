@@ -11,8 +11,8 @@ from tests.decoding.test_loops import PROMPTS, NoTokenizer
 
 
 @pytest.fixture(scope="module")
-def model(tiny, tiny_params):
-    return Model(tiny, tiny_params, NoTokenizer())
+def model(varied, varied_params):
+    return Model(varied, varied_params, NoTokenizer())
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,12 @@ def test_the_benchmark_report_is_consistent(model):
     assert len(notes) == 4 + 2
 
 
-def test_a_text_that_ends_at_once_has_no_speed(tiny, tiny_params):
+def test_a_text_that_ends_at_once_has_no_speed(varied, varied_params):
     """The stop token comes first for one prompt only: its time a token does not exist, the others' does."""
-    plain = Model(tiny, tiny_params, NoTokenizer())
+    plain = Model(varied, varied_params, NoTokenizer())
     firsts = [row[0] for row in generate(plain, PROMPTS, 1).tokens]
     assert len(set(firsts)) > 1
-    model = Model(tiny, tiny_params, NoTokenizer([firsts[0]]))
+    model = Model(varied, varied_params, NoTokenizer([firsts[0]]))
     report = benchmark(model, PROMPTS, [SelfSpeculative(2, 3)], max_new_tokens=9, repeats=1)
     assert report["runs"][1]["speedup"] > 0
     report = benchmark(model, PROMPTS[:1], [SelfSpeculative(2, 3)], max_new_tokens=9, repeats=1)
