@@ -4,7 +4,7 @@
 
 Any key of the configuration can be set on the command line:
 
-  python launch/train.py --config=configs/demo.py --workdir=runs/wide --config.model.width=384
+  python launch/train.py --config=configs/demo.py --workdir=runs/wide --config.model.width=512
 
 The same command resumes from the latest checkpoint in the workdir; Ctrl-C saves first. The workdir then holds
 checkpoints/, metrics.jsonl, evaluations.jsonl, tensorboard/, config.json and tokenizer.json, and is what
