@@ -24,5 +24,7 @@ def test_every_file_and_command_it_names_exists():
     for path in set(re.findall(r"\b(?:launch|configs|lsjax)/\w+\.py\b", README)):
         assert (ROOT / path).is_file(), path
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake ([a-z]+)\b", README)):
+    targets = set(re.findall(r"(?:^|`)make ([a-z]+)", README, flags=re.MULTILINE))
+    assert {"demo", "test"} <= targets
+    for target in targets:
         assert f"\n{target}:" in makefile, target
