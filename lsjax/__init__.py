@@ -6,7 +6,7 @@ from lsjax.decoding.strategies import Autoregressive, EarlyExit, SelfSpeculative
 from lsjax.errors import UserError
 from lsjax.layerskip.dropout import layer_dropout_rates
 from lsjax.layerskip.exits import exit_curriculum, exit_weights
-from lsjax.loading import Model, load
+from lsjax.loading import Model, load, read_model_config
 from lsjax.model.transformer import forward, hidden_states
 from lsjax.training.loop import train
 
@@ -27,5 +27,6 @@ __all__ = [
     "hidden_states",
     "layer_dropout_rates",
     "load",
+    "read_model_config",
     "train",
 ]

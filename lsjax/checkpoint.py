@@ -4,9 +4,12 @@ Everything else a run needs to go on follows from the step number: schedules, ma
 of it. A checkpoint appears whole or not at all, so a killed process leaves the one before.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from lsjax.config import CheckpointConfig
@@ -59,6 +62,27 @@ class Checkpoints:
 
 def load_params(workdir: Path, abstract: Params) -> tuple[int, Params]:
     """(step, parameters) of the latest checkpoint in a workdir, without its optimizer."""
+    return _read_latest(workdir, lambda reader, step: reader.load_checkpointables(step, {"params": abstract})["params"])
+
+
+def stored_dtypes(workdir: Path) -> Params:
+    """The dtype of each parameter of the latest checkpoint, as a tree of parameters."""
+    metadata = _read_latest(workdir, lambda reader, step: reader.checkpointables_metadata(step))[1]
+    return jax.tree.map(lambda array: np.dtype(array.dtype), metadata.metadata["params"])
+
+
+def latest_step(workdir: Path) -> int:
+    """Raises UserError when there is no checkpoint."""
+    return _read_latest(workdir, lambda reader, step: None)[0]
+
+
+def save_model(folder: Path, params: Params) -> None:
+    """Parameters alone, as step 0 of a folder that is no run."""
+    with ocp.training.Checkpointer(Path(folder).absolute() / FOLDER) as checkpointer:
+        checkpointer.save_checkpointables(0, {"params": params})
+
+
+def _read_latest(workdir: Path, read: Callable[[ocp.training.Checkpointer, int], Any]) -> tuple[int, Any]:
     folder = Path(workdir).absolute() / FOLDER
     if not folder.is_dir():
         raise UserError(f"{workdir} has no checkpoint yet: {folder} does not exist")
@@ -67,8 +91,8 @@ def load_params(workdir: Path, abstract: Params) -> tuple[int, Params]:
             raise UserError(f"{workdir} has no checkpoint yet: {folder} is empty")
         step = checkpointer.latest.step
         try:
-            return step, checkpointer.load_checkpointables(step, {"params": abstract})["params"]
-        except Exception as error:
+            return step, read(checkpointer, step)
+        except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
             raise unreadable(folder, step, error) from error
 
 

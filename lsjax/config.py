@@ -43,6 +43,9 @@ class ModelConfig:
     rope_scaling: RopeScaling = RopeScaling()
     rms_norm_epsilon: float = 1e-5
 
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerSkipConfig:
@@ -68,7 +71,8 @@ class LayerSkipConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """`corpus`: "python" (the running interpreter's standard library), a folder of text, or a .jsonl file.
-    `tokenizer`: empty trains a byte-level BPE of model.vocab_size entries on the corpus, else a tokenizer.json.
+    `tokenizer`: a tokenizer.json; empty takes that of `initial_model`, or without one trains a byte-level BPE of
+    model.vocab_size entries on the corpus.
     `directory`: where packed data is kept; empty means WORKDIR/data."""
 
     corpus: str = "python"
@@ -129,6 +133,8 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """`initial_model`: a training workdir, Hugging Face folder or GGUF file to start from; empty is random."""
+
     model: ModelConfig = ModelConfig()
     layerskip: LayerSkipConfig = LayerSkipConfig()
     data: DataConfig = DataConfig()
@@ -136,6 +142,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    initial_model: str = ""
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Config":
@@ -190,7 +197,8 @@ def _positive(section: str, config: Any, *names: str) -> None:
         _require(value > 0, f"config.{section}.{name} must be positive, got {value}")
 
 
-def _check_model(m: ModelConfig) -> None:
+def check_model(m: ModelConfig) -> ModelConfig:
+    """The same configuration, or a UserError that names the first impossible value."""
     _positive("model", m, "num_layers", "width", "num_heads", "num_kv_heads", "head_width")
     _positive("model", m, "feed_forward_width", "vocab_size", "context_length", "rope_theta", "rms_norm_epsilon")
     _require(
@@ -204,6 +212,7 @@ def _check_model(m: ModelConfig) -> None:
         m.rope_scaling.low_frequency_factor < m.rope_scaling.high_frequency_factor,
         "config.model.rope_scaling.low_frequency_factor must be below high_frequency_factor",
     )
+    return m
 
 
 def _check_layerskip(s: LayerSkipConfig) -> None:
@@ -251,7 +260,7 @@ def _check_training(config: Config) -> None:
 
 
 def _check_values(config: Config) -> None:
-    _check_model(config.model)
+    check_model(config.model)
     _check_layerskip(config.layerskip)
     _check_training(config)
     d = config.data.held_out_fraction

@@ -1,8 +1,10 @@
-"""Writing files so that a reader, or a crash, never sees half of one."""
+"""Writing files so that a reader, or a crash, never sees half of one; reading them with errors that name them."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from lsjax.errors import UserError
 
@@ -44,3 +46,16 @@ def make_folder(path: Path, what: str) -> Path:
     except OSError as error:
         raise UserError(f"cannot write {what} {path}: {error.strerror or error}") from None
     return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError that names the file."""
+    try:
+        tree = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return tree

@@ -1,4 +1,4 @@
-"""Opening a trained model."""
+"""Opening a model: a training workdir, a Hugging Face folder or a GGUF file."""
 
 import dataclasses
 import functools
@@ -7,12 +7,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from lsjax.checkpoint import load_params
+from lsjax.checkpoint import latest_step, load_params, stored_dtypes
 from lsjax.config import ModelConfig
 from lsjax.data.tokenizer import Tokenizer, load_tokenizer
 from lsjax.decoding.passes import Weights, decoder_weights
 from lsjax.errors import UserError
-from lsjax.model.transformer import Params, init_params
+from lsjax.files import read_json
+from lsjax.interop.gguf import is_gguf, open_gguf, read_gguf_config
+from lsjax.interop.huggingface import is_huggingface_config, open_huggingface, read_huggingface_config
+from lsjax.interop.source import ModelSource, abstract_like, check_vocabulary
+from lsjax.interop.tensors import abstract_params
+from lsjax.model.transformer import Params
 from lsjax.training import workdir as workdirs
 
 
@@ -32,24 +37,73 @@ class Model:
         return decoder_weights(self.params, default_dtype())
 
 
+@dataclasses.dataclass(frozen=True)
+class WorkdirSource:
+    """The latest checkpoint of a training workdir."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    step: int
+
+    def load_params(self, abstract: Params) -> Params:
+        return load_params(self.path, abstract)[1]
+
+    def stored_dtypes(self) -> Params:
+        return stored_dtypes(self.path)
+
+
 def default_dtype() -> jnp.dtype:
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def load(path: str | Path) -> Model:
-    """The latest checkpoint of a training workdir. Raises UserError that says what is missing or damaged."""
+def load(path: str | Path, dtype: str | jnp.dtype | None = None) -> Model:
+    """The model at a path, whole on one device: a training workdir (its latest checkpoint), a Hugging Face folder
+    or a GGUF file.
+
+    dtype: of the parameters; None is float32 on CPU and bfloat16 elsewhere, "stored" keeps what the files have.
+    Raises UserError that says what is missing, damaged or unknown; a model is loaded whole or not at all.
+    """
+    source = open_model(path)
+    dtype = source.stored_dtypes() if dtype == "stored" else jnp.dtype(dtype or default_dtype())
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = source.load_params(abstract_like(abstract_params(source.config), dtype, here))
+    return Model(source.config, params, source.tokenizer, str(path), source.step)
+
+
+def open_model(path: str | Path) -> ModelSource:
+    """Finds out what lies at a path and checks it, without reading parameters."""
     path = Path(path)
+    kind = _kind(path)
+    if kind == "gguf":
+        return open_gguf(path)
+    if kind == "huggingface":
+        return open_huggingface(path)
+    config, tokenizer = workdirs.read_model_config(path), load_tokenizer(path)
+    check_vocabulary(tokenizer, config, str(path))
+    return WorkdirSource(path, config, tokenizer, latest_step(path))
+
+
+def read_model_config(path: str | Path) -> ModelConfig:
+    """The shape of the model at a path, such as for `config.model` of a run that starts from it."""
+    path = Path(path)
+    readers = {
+        "gguf": read_gguf_config,
+        "huggingface": read_huggingface_config,
+        "workdir": workdirs.read_model_config,
+    }
+    return readers[_kind(path)](path)
+
+
+def _kind(path: Path) -> str:
+    """"gguf", "huggingface" or "workdir"."""
     if not path.exists():
         raise UserError(f"no model at {path}: it does not exist")
-    config = workdirs.read_config(path).model
-    tokenizer = load_tokenizer(path / workdirs.TOKENIZER)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{path / workdirs.TOKENIZER} has {tokenizer.vocab_size} tokens, the model's embedding {config.vocab_size}"
-        )
-    # Whatever mesh it was saved from, here it lies whole on one device.
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes)
-    step, params = load_params(path, abstract)
-    return Model(config, params, tokenizer, str(path), step)
+    if path.is_file():
+        if not is_gguf(path):
+            raise UserError(f"{path} is a file, but not GGUF; give a GGUF file, a Hugging Face folder or a workdir")
+        return "gguf"
+    config = path / workdirs.CONFIG
+    if not config.is_file():
+        raise UserError(f"no model at {path}: it has no {workdirs.CONFIG}")
+    return "huggingface" if is_huggingface_config(read_json(config)) else "workdir"

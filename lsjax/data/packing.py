@@ -21,7 +21,6 @@ from lsjax.errors import UserError
 from lsjax.files import make_folder, write_atomically
 
 SPLITS = ("train", "held_out")
-TOKENIZER = "tokenizer.json"
 _MANIFEST = "manifest.json"
 _DOCUMENTS_AT_ONCE = 256
 
@@ -45,16 +44,19 @@ def pack(documents: Iterable[list[int]], sequence_length: int) -> Iterator[np.nd
         tokens, owners = tokens[start:], owners[start:]
 
 
-def prepare(config: Config, directory: Path, note: Callable[[str], None] = print) -> tuple[Tokenizer, dict]:
+def prepare(
+    config: Config, directory: Path, note: Callable[[str], None] = print, given: Tokenizer | None = None
+) -> tuple[Tokenizer, dict]:
     """Makes `directory` hold the tokenizer and both packed splits of a run, unless it already does.
 
-    Returns (tokenizer, manifest). The folder appears whole or not at all. Raises UserError when it holds
-    something else, or there is too little text.
+    `given` is the initial model's tokenizer, used unless config.data.tokenizer names another. Returns (tokenizer,
+    manifest). The folder appears whole or not at all. Raises UserError when it holds something else, or there is
+    too little text.
     """
     request = _request(config)
     manifest = read_manifest(directory)
     if manifest is None:
-        manifest = _build(config, Path(directory), request, note)
+        manifest = _build(config, Path(directory), request, given)
     elif manifest["request"] != request:
         raise UserError(
             f"{directory} holds data packed for {manifest['request']}, not {request}; remove it or set "
@@ -64,7 +66,7 @@ def prepare(config: Config, directory: Path, note: Callable[[str], None] = print
     note(f"corpus: {corpus['documents']} documents, {corpus['bytes']:,} bytes, sha256 {corpus['sha256']}")
     for split, counts in manifest["splits"].items():
         note(f"{split}: {counts['documents']} documents, {counts['tokens']:,} tokens")
-    return load_tokenizer(Path(directory) / TOKENIZER), manifest
+    return load_tokenizer(directory), manifest
 
 
 def read_manifest(directory: Path) -> dict | None:
@@ -84,23 +86,24 @@ def _request(config: Config) -> dict:
     data = dataclasses.asdict(config.data)
     del data["directory"]
     return data | {
+        "initial_model": config.initial_model,
         "vocab_size": config.model.vocab_size,
         "sequence_length": config.training.sequence_length,
     }
 
 
-def _build(config: Config, directory: Path, request: dict, note: Callable[[str], None]) -> dict:
+def _build(config: Config, directory: Path, request: dict, given: Tokenizer | None) -> dict:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"data folder {directory} exists and holds something else; choose another")
     corpus = load_corpus(config.data)
     fingerprint = corpus.fingerprint()
-    tokenizer = _make_tokenizer(config, corpus)
+    tokenizer = _make_tokenizer(config, corpus, given)
     make_folder(directory.parent, "data folder")
     scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:
         length = config.training.sequence_length
         counts = {s: _write_split(scratch, s, getattr(corpus, s), tokenizer, length) for s in SPLITS}
-        tokenizer.save(scratch / TOKENIZER)
+        tokenizer.save(scratch)
         manifest = {"request": request, "corpus": fingerprint, "splits": counts}
         write_atomically(scratch / _MANIFEST, json.dumps(manifest, indent=2))
         scratch.chmod(0o755)
@@ -112,7 +115,9 @@ def _build(config: Config, directory: Path, request: dict, note: Callable[[str],
     return manifest
 
 
-def _make_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
+def _make_tokenizer(config: Config, corpus: Corpus, given: Tokenizer | None) -> Tokenizer:
+    if not config.data.tokenizer and given is not None:
+        return given
     if not config.data.tokenizer:
         return train_tokenizer((d.text for d in corpus.train), config.model.vocab_size)
     tokenizer = load_tokenizer(Path(config.data.tokenizer))

@@ -1,37 +1,58 @@
-"""Byte-level BPE through the `tokenizers` library, and the little of it that the rest of lsjax needs."""
+"""Tokenizers through the `tokenizers` library, and the little of them that the rest of lsjax needs.
+
+A folder keeps one as Hugging Face does: tokenizer.json (vocabulary and rules), tokenizer_config.json (special
+tokens, chat template) and generation_config.json (which tokens stop).
+"""
 
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from lsjax.data.chat import render_chat
 from lsjax.errors import UserError
-from lsjax.files import write_atomically
+from lsjax.files import read_json, write_atomically
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+TOKENIZER, SETTINGS, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 
 
 class Tokenizer:
-    """Text <-> token ids. `begin` (or None) opens a document, `stop` holds the ids that end one."""
+    """Text <-> token ids. `stop` holds the ids that end a text; `begin` (or None) opens one.
 
-    def __init__(self, backend: tokenizers.Tokenizer, begin: int | None, stop: tuple[int, ...]):
+    `begin` is what the backend's own post-processor puts first. `settings` is tokenizer_config.json as found.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, stop: Sequence[int], settings: dict[str, Any] | None = None):
         self.backend = backend
         # Text is text: "<|end_of_text|>" written in a document or a prompt must not end anything.
         self.backend.encode_special_tokens = True
-        self.begin = begin
-        self.stop = stop
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id, so that it can size an embedding."""
-        return max(self.backend.get_vocab().values()) + 1
+        self.begin = _begin(backend)
+        self.stop = tuple(stop)
+        self.settings = dict(settings or {})
+        self.vocab_size = max(backend.get_vocab().values()) + 1  # it sizes an embedding
 
     def encode(self, text: str) -> list[int]:
         """A prompt: `begin`, then the text's tokens."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return ids if self.begin is None else [self.begin, *ids]
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """A conversation [{"role": ..., "content": ...}] in the model's chat template, up to where it answers.
+
+        As everywhere else, special tokens are recognised in the whole rendered text, contents included. Raises
+        UserError when the model has no template.
+        """
+        names = {key: self._token_text(value) for key, value in self.settings.items() if key.endswith("_token")}
+        text = render_chat(self.settings.get("chat_template"), messages, names)
+        self.backend.encode_special_tokens = False
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        finally:
+            self.backend.encode_special_tokens = True
 
     def encode_documents(self, texts: Sequence[str]) -> Iterable[list[int]]:
         """Whole documents: `begin`, tokens, the first of `stop`."""
@@ -42,8 +63,22 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
-    def save(self, path: Path) -> None:
-        write_atomically(path, self.backend.to_str(pretty=False))
+    def save(self, folder: Path) -> None:
+        """Writes its three files. tokenizer.json comes last: with it, the tokenizer is there."""
+        generation = {"eos_token_id": list(self.stop)}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.settings
+        settings.setdefault("eos_token", self.backend.id_to_token(self.stop[0]))
+        if self.begin is not None:
+            generation["bos_token_id"] = self.begin
+            settings.setdefault("bos_token", self.backend.id_to_token(self.begin))
+        write_atomically(Path(folder) / GENERATION, json.dumps(generation, indent=2))
+        write_atomically(Path(folder) / SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False))
+        write_atomically(Path(folder) / TOKENIZER, self.backend.to_str(pretty=False))
+
+    @staticmethod
+    def _token_text(value: Any) -> Any:
+        """Hugging Face writes a special token as its text, or as an object with a `content`."""
+        return value.get("content") if isinstance(value, dict) else value
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -58,23 +93,64 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=[BEGIN, END], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    begin, end = backend.token_to_id(BEGIN), backend.token_to_id(END)
-    # Other tools that open tokenizer.json then begin a text as we do.
-    backend.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, begin)])
-    return Tokenizer(backend, begin, (end,))
+    begin_with(backend, BEGIN)
+    return Tokenizer(backend, (backend.token_to_id(END),))
+
+
+def begin_with(backend: tokenizers.Tokenizer, token: str) -> None:
+    """Makes a backend open every text with `token`, for us and for other tools that open its tokenizer.json."""
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{token}:0 $A:0",
+        pair=f"{token}:0 $A:0 {token}:1 $B:1",
+        special_tokens=[(token, backend.token_to_id(token))],
+    )
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json that has the begin and end tokens of `train_tokenizer`."""
+    """The tokenizer of a folder, or a tokenizer.json with whatever lies beside it.
+
+    Raises UserError when it cannot be read, or nothing there says which token ends a text.
+    """
+    path = Path(path)
+    path = path / TOKENIZER if path.is_dir() else path
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         json.loads(text)
         backend = tokenizers.Tokenizer.from_str(text)
     except FileNotFoundError:
         raise UserError(f"no tokenizer at {path}") from None
     except Exception as error:  # the library raises bare Exception on a bad file
         raise UserError(f"{path} is not a tokenizer.json: {error}") from None
-    begin, end = backend.token_to_id(BEGIN), backend.token_to_id(END)
-    if end is None:
-        raise UserError(f"{path} has no {END} token to end a document with")
-    return Tokenizer(backend, begin, (end,))
+    settings = _optional_json(path.parent / SETTINGS)
+    template = path.parent / "chat_template.jinja"
+    if template.is_file():
+        settings["chat_template"] = template.read_text(encoding="utf-8")
+    return Tokenizer(backend, _stop_ids(path, backend, settings), settings)
+
+
+def _begin(backend: tokenizers.Tokenizer) -> int | None:
+    opened = backend.encode("a", add_special_tokens=True).ids
+    plain = backend.encode("a", add_special_tokens=False).ids
+    return opened[0] if opened[: len(plain)] != plain else None
+
+
+def _stop_ids(path: Path, backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> tuple[int, ...]:
+    """From generation_config.json, else config.json, else the end token that the settings, or we, name."""
+    for name in (GENERATION, "config.json"):
+        ids = _optional_json(path.parent / name).get("eos_token_id")
+        if ids is not None:
+            ids = ids if isinstance(ids, list) else [ids]
+            if not ids or not all(isinstance(i, int) and backend.id_to_token(i) is not None for i in ids):
+                raise UserError(f"{path.parent / name}: eos_token_id {ids} is not in the vocabulary of {path}")
+            return tuple(ids)
+    for token in (Tokenizer._token_text(settings.get("eos_token")), END):
+        if token is not None and backend.token_to_id(token) is not None:
+            return (backend.token_to_id(token),)
+    raise UserError(
+        f"nothing says which token of {path} ends a text: give eos_token_id in {path.parent / GENERATION}, or "
+        f"eos_token in {path.parent / SETTINGS}"
+    )
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

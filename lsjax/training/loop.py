@@ -1,5 +1,6 @@
 """The training run, start to finish, as one story."""
 
+import dataclasses
 import signal
 import time
 from collections.abc import Callable
@@ -16,10 +17,13 @@ from lsjax.data.packing import prepare
 from lsjax.data.pipeline import held_out_batches, training_batches
 from lsjax.errors import UserError
 from lsjax.evaluation.exits import ExitProfile, exit_profile
+from lsjax.interop.source import ModelSource
+from lsjax.loading import open_model
 from lsjax.model.transformer import count_params
 from lsjax.scale.sharding import batch_sharding, check_batch, make_mesh
 from lsjax.training import workdir as workdirs
 from lsjax.training.metrics import RunLog, active_exit_losses, describe_evaluation, describe_step
+from lsjax.training.optimizer import make_optimizer
 from lsjax.training.progress import ProgressDisplay
 from lsjax.training.step import StepMetrics, TrainState, init_state, make_train_step, state_shardings
 
@@ -48,14 +52,15 @@ def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> Train
     # ---- What: packed text, made once.
     say = print if verbose else lambda _: None
     directory = workdirs.data_directory(workdir, config)
-    tokenizer, _ = prepare(config, directory, say)
+    initial = open_initial_model(config)
+    tokenizer, _ = prepare(config, directory, say, initial and initial.tokenizer)
     workdirs.claim(workdir, config, tokenizer)
 
-    # ---- From: the latest checkpoint, or random parameters born in their shards.
+    # ---- From: the latest checkpoint, the initial model, or random parameters born in their shards.
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
-        state = _restore_or_init(config, shardings, checkpoints)
+        state = _first_state(config, shardings, checkpoints, initial)
         first_step = int(state.step)
-        start = f"resuming at step {first_step}" if first_step else "starting"
+        start = f"resuming at step {first_step}" if first_step else f"starting from {config.initial_model or 'random'}"
         say(f"{start}: {count_params(config.model):,} parameters on {mesh.size} {jax.default_backend()} device(s)")
 
         # ---- Go.
@@ -69,11 +74,33 @@ def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> Train
             log.close()
 
 
-def _restore_or_init(config: Config, shardings: TrainState, checkpoints: Checkpoints) -> TrainState:
-    if checkpoints.latest_step() is None:
+def open_initial_model(config: Config) -> ModelSource | None:
+    """Raises UserError that names the first key in which config.model is not the model at config.initial_model."""
+    if not config.initial_model:
+        return None
+    source = open_model(config.initial_model)
+    ours, theirs = dataclasses.asdict(config.model), dataclasses.asdict(source.config)
+    for key in ours:
+        if key != "context_length" and ours[key] != theirs[key]:
+            raise UserError(
+                f"config.model.{key} is {ours[key]}, that of config.initial_model {theirs[key]}; in a configuration "
+                "file, config.model.update(lsjax.read_model_config(PATH).to_dict()) takes its shape"
+            )
+    return source
+
+
+def _first_state(
+    config: Config, shardings: TrainState, checkpoints: Checkpoints, initial: ModelSource | None
+) -> TrainState:
+    """Every array is made, or read, in its shards: nothing else of its size exists beside it."""
+    abstract = abstract_arrays(jax.eval_shape(lambda: init_state(config)), shardings)
+    if checkpoints.latest_step() is not None:
+        return checkpoints.restore(abstract)
+    if initial is None:
         return jax.jit(lambda: init_state(config), out_shardings=shardings)()
-    abstract = jax.eval_shape(lambda: init_state(config))
-    return checkpoints.restore(abstract_arrays(abstract, shardings))
+    params = initial.load_params(abstract.params)
+    optimizer = jax.jit(make_optimizer(config.training).init, out_shardings=shardings.optimizer)(params)
+    return TrainState(jax.device_put(np.int32(0), shardings.step), params, optimizer)
 
 
 class _Run:

@@ -1,14 +1,15 @@
 """The folder of a run: one configuration each, loadable on its own."""
 
+import dataclasses
 import json
 from pathlib import Path
 
-from lsjax.config import Config
-from lsjax.data.tokenizer import Tokenizer, load_tokenizer
+from lsjax.config import Config, ModelConfig
+from lsjax.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from lsjax.errors import UserError
-from lsjax.files import make_folder, write_atomically
+from lsjax.files import make_folder, read_json, write_atomically
 
-CONFIG, TOKENIZER, DATA = "config.json", "tokenizer.json", "data"
+CONFIG, DATA = "config.json", "data"
 
 # What may change when a run resumes: the mesh, and how often to save and evaluate.
 _FREE_SECTIONS = ("mesh", "checkpoint", "evaluation")
@@ -17,7 +18,10 @@ _FREE_SECTIONS = ("mesh", "checkpoint", "evaluation")
 def check_free(workdir: Path, config: Config) -> None:
     """Raises UserError when `workdir` cannot be written, or names the first key in which it is another run's."""
     make_folder(workdir, "workdir")
-    if (Path(workdir) / CONFIG).exists():
+    path = Path(workdir) / CONFIG
+    if path.exists():
+        if "training" not in read_json(path):
+            raise UserError(f"{workdir} holds a model, not a run: start from it with config.initial_model={workdir}")
         difference = _first_difference(read_config(workdir).to_dict(), config.to_dict())
         if difference:
             raise UserError(f"{workdir} holds another run: {difference}; use another --workdir or the same config")
@@ -32,18 +36,34 @@ def claim(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
     path = Path(workdir) / TOKENIZER
     if path.exists() and load_tokenizer(path).backend.to_str() != tokenizer.backend.to_str():
         raise UserError(f"{path} is not the tokenizer of the packed data: the corpus has changed since the run began")
-    tokenizer.save(path)
+    tokenizer.save(workdir)
     write_atomically(Path(workdir) / CONFIG, json.dumps(config.to_dict(), indent=2))
 
 
 def read_config(workdir: Path) -> Config:
     path = Path(workdir) / CONFIG
+    if not path.is_file():
+        raise UserError(f"{workdir} is not a training workdir: it has no {CONFIG}")
+    return _parse(path, read_json(path))
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """Of a workdir, or of a folder with a converted model, whose config.json has only the `model` section."""
+    path = Path(folder) / CONFIG
+    model = read_json(path).get("model")
+    if model is None:
+        raise UserError(f"{path} has neither a model section (lsjax) nor a model_type (Hugging Face)")
+    sequence = {"sequence_length": model.get("context_length", 1)} if isinstance(model, dict) else {}
+    return _parse(path, {"model": model, "training": sequence}).model
+
+
+def write_model_config(folder: Path, config: ModelConfig) -> None:
+    write_atomically(Path(folder) / CONFIG, json.dumps({"model": dataclasses.asdict(config)}, indent=2))
+
+
+def _parse(path: Path, tree: dict) -> Config:
     try:
-        return Config.from_dict(json.loads(path.read_text()))
-    except OSError:
-        raise UserError(f"{workdir} is not a training workdir: it has no {CONFIG}") from None
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise UserError(f"{path} is not JSON: {error}") from None
+        return Config.from_dict(tree)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -1,0 +1,1 @@
+"""Llamas from elsewhere and back: Hugging Face folders in and out, GGUF files in."""

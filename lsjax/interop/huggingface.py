@@ -1,0 +1,176 @@
+"""Folders as Hugging Face transformers reads and writes them: config.json, safetensors, tokenizer.json."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lsjax.config import ModelConfig
+from lsjax.data.tokenizer import Tokenizer, load_tokenizer
+from lsjax.errors import UserError
+from lsjax.files import read_json, write_atomically
+from lsjax.interop.hf_config import model_config_from_hf, model_config_to_hf
+from lsjax.interop.layout import Slices, extract_piece, parameter_pieces
+from lsjax.interop.source import FileSource
+from lsjax.interop.tensors import StoredTensor, parameter_path
+from lsjax.model.transformer import Params
+
+CONFIG = "config.json"
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PICKLES = ("*.bin", "*.pth", "*.pt", "*.pkl")
+
+
+def is_huggingface_config(tree: dict[str, Any]) -> bool:
+    return "model_type" in tree or "architectures" in tree
+
+
+def open_huggingface(folder: Path) -> FileSource:
+    """Raises UserError that names the first thing in the folder that is missing, damaged or not a plain Llama."""
+    config = read_huggingface_config(folder)
+    tensors = _drop_known_extras(_open_tensors(folder), config, folder)
+    return FileSource(str(folder), config, load_tokenizer(folder), tensors)
+
+
+def read_huggingface_config(folder: Path) -> ModelConfig:
+    path = Path(folder) / CONFIG
+    return model_config_from_hf(read_json(path), str(path))
+
+
+def _open_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder's safetensors, from their headers; the index, if there is one, must agree."""
+    if (folder / _INDEX).is_file():
+        index = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise UserError(f"{folder / _INDEX} has no weight_map")
+        files = sorted(set(index.values()))
+    elif (folder / _WHOLE).is_file():
+        index, files = None, [_WHOLE]
+    else:
+        raise _no_weights(folder)
+    tensors = {}
+    for name in files:
+        # A file name from an index must not lead elsewhere.
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder / _INDEX} names {name!r}, which is not a file in {folder}")
+        found = _read_header(folder / name)
+        wanted = set(found) if index is None else {tensor for tensor, file in index.items() if file == name}
+        if wanted != set(found):
+            first = min(wanted ^ set(found))
+            place = "lacks" if first in wanted else "holds, against the index,"
+            raise UserError(f"{folder / name} {place} the tensor {first}")
+        tensors |= found
+    return tensors
+
+
+def _no_weights(folder: Path) -> UserError:
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return UserError(
+            f"{folder / pickles[0]} is a pickle, which can run any code when opened; lsjax reads safetensors only. "
+            "Where you trust it: transformers' AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    return UserError(f"{folder} has no weights: neither {_WHOLE} nor {_INDEX}")
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """The safetensors library checks that the header's offsets tile the file and fit the shapes."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: _stored_tensor(path, name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged, or no safetensors file: {error}") from None
+
+
+def _stored_tensor(path: Path, name: str, header) -> StoredTensor:
+    kind = header.get_dtype()
+    if kind not in _DTYPES:
+        raise UserError(f"{path}: {name} is stored as {kind}; lsjax reads {', '.join(_DTYPES)}")
+
+    def read(at: Slices) -> np.ndarray:
+        # Opened anew each time: what was read is then unmapped, and does not count as our memory.
+        with safe_open(path, framework="numpy") as file:
+            return file.get_slice(name)[at]
+
+    return StoredTensor(tuple(header.get_shape()), jax.numpy.dtype(_DTYPES[kind]), read)
+
+
+def _drop_known_extras(tensors: dict[str, StoredTensor], config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
+    """Without what old converters stored beside the weights: rotary tables, and a tied head a second time."""
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if config.tie_embeddings and head and embedding:
+        if not _equal(head, embedding):
+            raise UserError(
+                f"{folder / CONFIG} says tie_word_embeddings, but lm_head.weight is not model.embed_tokens.weight"
+            )
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    parts = [(slice(start, min(start + rows, a.shape[0])), slice(0, a.shape[1])) for start in range(0, a.shape[0], rows)]
+    return all(np.array_equal(a.read(part), b.read(part)) for part in parts)
+
+
+def write_huggingface(
+    folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer, shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes a folder that transformers loads. Beyond the parameters, memory holds one file of `shard_bytes`."""
+    shards = list(_shards(config, params, shard_bytes))
+    names = [_WHOLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    weight_map, total = {}, 0
+    for name, shard in zip(names, shards, strict=True):
+        tensors = {tensor: read() for tensor, (read, _) in shard.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(size for _, size in shard.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_atomically(folder / _INDEX, json.dumps(index, indent=2))
+    tokenizer.save(folder)
+    tree = model_config_to_hf(config) | {"dtype": str(params["embed"].dtype), "eos_token_id": list(tokenizer.stop)}
+    tree |= {"torch_dtype": tree["dtype"], "bos_token_id": tokenizer.begin}
+    write_atomically(folder / CONFIG, json.dumps(tree, indent=2))
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _shards(config: ModelConfig, params: Params, shard_bytes: int) -> Iterator[dict[str, tuple]]:
+    """Tensors in the order of the layers, cut into files: {name: (how to get it, bytes)}."""
+    shard, filled = {}, 0
+    for name, read, size in _tensors(config, params):
+        if shard and filled + size > shard_bytes:
+            yield shard
+            shard, filled = {}, 0
+        shard[name] = (read, size)
+        filled += size
+    yield shard
+
+
+def _tensors(config: ModelConfig, params: Params) -> Iterator[tuple]:
+    """(name, how to get it, bytes) of every tensor: embedding, layer after layer, final norm and head."""
+    leaves = {parameter_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    found = []
+    for path, pieces in parameter_pieces(config).items():
+        stacked = path.startswith("layers/")
+        outside = -1 if path == "embed" else config.num_layers
+        for layer in range(config.num_layers) if stacked else (None,):
+            found += [(outside if layer is None else layer, piece, leaves[path], layer) for piece in pieces]
+    for _, piece, leaf, layer in sorted(found, key=lambda entry: entry[0]):
+        size = math.prod(piece.shape) * leaf.dtype.itemsize
+        yield piece.tensor.format(layer=layer), _extractor(leaf, piece, layer), size
+
+
+def _extractor(leaf, piece, layer: int | None):
+    return lambda: extract_piece(piece, np.asarray(leaf if layer is None else leaf[layer]))

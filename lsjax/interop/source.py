@@ -1,0 +1,61 @@
+"""A model that is still in its files: what it is, and how to bring its parameters in."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+
+from lsjax.config import ModelConfig
+from lsjax.data.tokenizer import Tokenizer
+from lsjax.errors import UserError
+from lsjax.interop.tensors import Tensors, check_tensors, place_params, stored_dtypes
+from lsjax.model.transformer import Params
+
+
+class ModelSource(Protocol):
+    """Everything about it was checked when it was opened; only then are parameters read."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    step: int | None
+
+    def load_params(self, abstract: Params) -> Params:
+        """Parameters laid out as `abstract` says: shape, dtype and sharding of each."""
+
+    def stored_dtypes(self) -> Params:
+        """The dtype that each parameter is stored in, as a tree of parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+    """A model whose tensors lie in files by their Hugging Face names."""
+
+    where: str
+    config: ModelConfig
+    tokenizer: Tokenizer
+    tensors: Tensors
+    step: int | None = None
+
+    def __post_init__(self):
+        check_tensors(self.tensors, self.config, self.where)
+        check_vocabulary(self.tokenizer, self.config, self.where)
+
+    def load_params(self, abstract: Params) -> Params:
+        try:
+            return place_params(self.tensors, self.config, abstract)
+        except OSError as error:
+            raise UserError(f"{self.where} cannot be read: {error}") from None
+
+    def stored_dtypes(self) -> Params:
+        return stored_dtypes(self.tensors, self.config)
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{where}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding {config.vocab_size}")
+
+
+def abstract_like(shapes: Params, dtype, sharding: jax.sharding.Sharding) -> Params:
+    """The same shapes in one dtype, or a tree of them, all laid out alike."""
+    dtypes = dtype if isinstance(dtype, dict) else jax.tree.map(lambda _: dtype, shapes)
+    return jax.tree.map(lambda a, d: jax.ShapeDtypeStruct(a.shape, d, sharding=sharding), shapes, dtypes)
