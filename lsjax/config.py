@@ -54,7 +54,9 @@ class LayerSkipConfig:
     `exit_weight_floor`: least weight of an active exit, as a share of the last layer's (0 is the paper, where the
     first exits, the cheapest to draft with, weigh next to nothing).
     `exit_distillation`: beside the cross-entropy of each early exit, this much of its KL divergence from the last
-    layer's own distribution, gradient stopped (not in the paper; EESD, arXiv 2406.03853). 0 is the paper."""
+    layer's own distribution, gradient stopped (not in the paper; EESD, arXiv 2406.03853). 0 is the paper.
+    `exit_token_stride`: early exits look at one token in so many, another one each step (the last layer at all).
+    `exits_train_head`: whether early exits pull on the shared norm and head (as in the paper)."""
 
     dropout_max_rate: float = 0.1
     dropout_depth_schedule: str = "exponential"
@@ -66,6 +68,8 @@ class LayerSkipConfig:
     exit_rotation: int = 8
     exit_weight_floor: float = 0.0
     exit_distillation: float = 0.0
+    exit_token_stride: int = 1
+    exits_train_head: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +232,7 @@ def _check_layerskip(s: LayerSkipConfig) -> None:
     _choice("config.layerskip.dropout_granularity", s.dropout_granularity, ("sample", "batch"))
     _choice("config.layerskip.exit_curriculum", s.exit_curriculum, ("none", "rotational", "gradual", "all"))
     _require(0 <= s.exit_scale <= 1, f"config.layerskip.exit_scale must be in [0, 1], got {s.exit_scale}")
-    _positive("layerskip", s, "exit_rotation")
+    _positive("layerskip", s, "exit_rotation", "exit_token_stride")
     d, floor = s.exit_distillation, s.exit_weight_floor
     _require(d >= 0, f"config.layerskip.exit_distillation must not be negative, got {d}")
     _require(0 <= floor <= 1, f"config.layerskip.exit_weight_floor must be in [0, 1], got {floor}")
@@ -252,6 +256,12 @@ def _check_training(config: Config) -> None:
         t.sequence_length <= config.model.context_length,
         f"config.training.sequence_length ({t.sequence_length}) exceeds config.model.context_length "
         f"({config.model.context_length})",
+    )
+    stride = config.layerskip.exit_token_stride
+    _require(
+        t.sequence_length % stride == 0,
+        f"config.layerskip.exit_token_stride ({stride}) must divide config.training.sequence_length "
+        f"({t.sequence_length})",
     )
     _require(
         0 <= t.warmup_steps <= t.total_steps,

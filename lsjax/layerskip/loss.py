@@ -1,48 +1,126 @@
-"""Cross-entropy at several exits without ever holding the logits of more than one chunk of tokens."""
+"""Cross-entropy at several exits without ever holding the logits of more than one chunk of tokens.
+
+The gradient of a chunk is formed right after its logits, in the forward pass: what the backward pass needs of an
+exit is then one [B, S, D] array, and no logits are computed twice.
+"""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
 from lsjax.data.batch import Batch
-from lsjax.model.transformer import Params, exit_logits, scan_layers
+from lsjax.model.transformer import Params, exit_logits, head_params, scan_layers
 
 
-def exit_loss_sums(
-    params: Params,
-    x: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+class _Text(NamedTuple):
+    """What the exits' states [E,B,S,D] are judged by: targets and weights [B,S], and perhaps the last layer's states
+    [B,S,D] as a teacher."""
+
+    targets: jax.Array
+    weights: jax.Array
+    teacher: jax.Array | None = None
+
+
+def exit_losses(
+    head: Params,
+    states: jax.Array,
+    text: _Text,
+    exit_weights: jax.Array,
+    exit_active: jax.Array,
     config: ModelConfig,
     chunk: int,
-    teacher: jax.Array | None = None,
+    distillation: float = 0.0,
+    head_learns: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums over all tokens: (CE(g(x), targets), KL(g(teacher) || g(x))), float32.
+    """(sum_e w(e) (CE_e + distillation KL_e), CE_e [E]), summed over tokens; the second carries no gradient.
 
-    x and teacher [B,S,D] are hidden states, targets and weights [B,S]. The teacher's side carries no gradient;
-    without one the divergence is 0. Logits exist for `chunk` tokens at a time, forward and backward (they are
-    recomputed there).
+    states [E,B,S,D] after E layers; an exit that is not active costs nothing. KL_e is the divergence of exit e from
+    the teacher, through which no gradient flows. Without `head_learns` none flows into `head` either.
     """
+    per_exit = (exit_weights, exit_active)
+    return _losses(head, states, text, per_exit, (config, chunk, distillation, head_learns))
 
-    @jax.checkpoint
-    def chunk_sums(x, targets, weights, teacher):
-        logits = exit_logits(params, x, config)
-        log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-        # A masked sum, not a gather: it stays local when the vocabulary is sharded, and its gradient is no scatter.
-        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-        target_logit = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-        cross_entropy = jnp.sum((log_normalizer - target_logit) * weights)
-        if teacher is None:
-            return cross_entropy, jnp.float32(0.0)
-        wanted = jax.lax.stop_gradient(jax.nn.log_softmax(exit_logits(params, teacher, config)))
-        divergence = jnp.sum(jnp.exp(wanted) * (wanted - logits), axis=-1) + log_normalizer
-        return cross_entropy, jnp.sum(divergence * weights)
 
-    add = lambda total, piece: (jax.tree.map(jnp.add, total, chunk_sums(*piece)), None)  # noqa: E731
-    zero = (jnp.float32(0.0), jnp.float32(0.0))
-    return jax.lax.scan(add, zero, split_tokens((x, targets, weights, teacher), chunk))[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _losses(head, states, text, per_exit, static):
+    return _run(head, states, text, per_exit, static, with_gradient=False)[0]
+
+
+def _losses_forward(head, states, text, per_exit, static):
+    return _run(head, states, text, per_exit, static, with_gradient=True)
+
+
+def _losses_backward(static, gradients, cotangents):
+    scale = cotangents[0]
+    head, states = jax.tree.map(lambda g: (scale * g).astype(g.dtype), gradients)
+    return head, states, None, None
+
+
+_losses.defvjp(_losses_forward, _losses_backward)
+
+
+def _run(head, states, text: _Text, per_exit, static, with_gradient: bool):
+    """((objective, CE [E]), (gradient of head, of states)): chunk by chunk, in each exit by exit."""
+    config, chunk, distillation, head_learns = static
+    head_gradient = with_gradient and head_learns
+
+    def chunk_losses(head_sum, piece):
+        states, text = piece
+        teach = None
+        if text.teacher is not None:
+            teach = jax.nn.log_softmax(exit_logits(head, text.teacher, config))
+
+        def objective(head, x, weight):
+            cross_entropy, divergence = _judge(exit_logits(head, x, config), text, teach)
+            return weight * (cross_entropy + distillation * divergence), cross_entropy
+
+        def run_exit(head_sum, x, weight):
+            if not with_gradient:
+                return head_sum, *objective(head, x, weight), jnp.zeros((), x.dtype)
+            wanted = (0, 1) if head_learns else (1,)
+            (value, loss), (*of_head, of_x) = jax.value_and_grad(objective, wanted, has_aux=True)(head, x, weight)
+            head_sum = jax.tree.map(jnp.add, head_sum, of_head[0]) if head_learns else head_sum
+            return head_sum, value, loss, of_x
+
+        def skip_exit(head_sum, x, weight):
+            zero = jnp.float32(0.0)
+            return head_sum, zero, zero, jnp.zeros_like(x) if with_gradient else jnp.zeros((), x.dtype)
+
+        def one_exit(head_sum, exit_):
+            x, weight, active = exit_
+            head_sum, *rest = jax.lax.cond(active, run_exit, skip_exit, head_sum, x, weight)
+            return head_sum, tuple(rest)
+
+        return jax.lax.scan(one_exit, head_sum, (states, *per_exit))
+
+    pieces = split_tokens((states.swapaxes(0, 1).swapaxes(1, 2), text), chunk)
+    # [B, S, E, D] was only for cutting S: each piece is [E, B, s, D] again.
+    pieces = (jnp.moveaxis(pieces[0], 3, 1), pieces[1])
+    head_sum = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head) if head_gradient else None
+    head_sum, (values, losses, of_states) = jax.lax.scan(chunk_losses, head_sum, pieces)
+    result = jnp.sum(values), jnp.sum(losses, axis=0)
+    if not with_gradient:
+        return result, None
+    of_head = jax.tree.map(lambda a, s: (s if head_learns else jnp.zeros_like(a)).astype(a.dtype), head, head_sum or head)
+    # [pieces, E, B, s, D] -> [E, B, S, D]
+    of_states = jnp.moveaxis(of_states, 0, 2).reshape(states.shape)
+    return result, (of_head, of_states)
+
+
+def _judge(logits: jax.Array, text: _Text, teach: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Weighted sums over tokens: cross-entropy, and divergence KL(teacher || logits)."""
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    # A masked sum, not a gather: it stays local when the vocabulary is sharded, and its gradient is no scatter.
+    hit = jnp.arange(logits.shape[-1]) == text.targets[..., None]
+    target_logit = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    cross_entropy = jnp.sum((log_normalizer - target_logit) * text.weights)
+    if teach is None:
+        return cross_entropy, jnp.float32(0.0)
+    divergence = jnp.sum(jnp.exp(teach) * (teach - logits), axis=-1) + log_normalizer
+    return cross_entropy, jnp.sum(divergence * text.weights)
 
 
 def split_tokens(arrays, chunk: int):
@@ -65,25 +143,25 @@ def multi_exit_loss(
     exit_active: jax.Array,
     layer_mask: jax.Array | None = None,
     distillation: float = 0.0,
+    token_stride: int = 1,
+    token_offset: jax.Array | int = 0,
+    exits_train_head: bool = True,
     loss_chunk: int = 1024,
     rematerialize: bool = False,
     unroll: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """J of Eq. 5, summed over tokens: (sum_l w(l) (CE_l + distillation * KL_l), CE_l [L]), over batch.weights.
+    """J of Eq. 5, summed over tokens: (sum_l w(l) (CE_l + distillation KL_l), CE_l [L]), over batch.weights.
 
-    exit_weights and exit_active [L] are data: a curriculum never recompiles, and an inactive exit costs
-    nothing (`lax.cond`). Index l reads the state after layer l. With distillation the states of all layers are
+    exit_weights and exit_active [L] are data: a curriculum never recompiles, and an inactive exit costs nothing
+    (`lax.cond`). Index l reads the state after layer l; the last layer always counts. Early exits look at every
+    `token_stride`-th token, from `token_offset` on, each for so many. With distillation the states of all layers are
     kept until the last one is known; without, each exit's loss is taken inside the layer scan.
     """
-
-    def exit_loss(x, weight, active, teacher=None):
-        sums = lambda x, teacher: exit_loss_sums(  # noqa: E731
-            params, x, batch.targets, batch.weights, config, loss_chunk, teacher
-        )
-        nothing = lambda x, teacher: (jnp.float32(0.0), jnp.float32(0.0))  # noqa: E731
-        loss, divergence = jax.lax.cond(active, sums, nothing, x, teacher)
-        return weight * (loss + distillation * divergence), loss
-
+    sample = functools.partial(_every, stride=token_stride, offset=token_offset)
+    head = head_params(params)
+    sampled = _Text(sample(batch.targets), token_stride * sample(batch.weights))
+    losses = functools.partial(exit_losses, config=config, chunk=loss_chunk)
+    early = functools.partial(losses, head, distillation=distillation, head_learns=exits_train_head)
     run_layers = functools.partial(
         scan_layers,
         params,
@@ -95,10 +173,24 @@ def multi_exit_loss(
         rematerialize=rematerialize,
         unroll=unroll,
     )
-    per_exit = (exit_weights, exit_active)
+    exit_weights, exit_active = jnp.asarray(exit_weights), jnp.asarray(exit_active)
+    exits = (exit_weights, exit_active.at[-1].set(False))
     if distillation:
-        last, states = run_layers(read=lambda x, _: x)
-        _, (weighted, losses) = jax.lax.scan(lambda _, a: (None, exit_loss(*a, last)), None, (states, *per_exit))
+        x, states = run_layers(read=lambda x, _: sample(x))
+        teacher = jax.lax.stop_gradient(states[-1])
+        weighted, early_losses = early(states, sampled._replace(teacher=teacher), *exits)
     else:
-        _, (weighted, losses) = run_layers(per_layer=per_exit, read=lambda x, exits: exit_loss(x, *exits))
-    return jnp.sum(weighted), jax.lax.stop_gradient(losses)
+        inside = lambda x, e: early(sample(x)[None], sampled, e[0][None], e[1][None])  # noqa: E731
+        x, (weighted, early_losses) = run_layers(per_layer=exits, read=inside)
+        weighted, early_losses = jnp.sum(weighted), early_losses[:, 0]
+    text = _Text(batch.targets, batch.weights)
+    final, final_loss = losses(head, x[None], text, exit_weights[-1:], jnp.ones(1, bool))
+    return weighted + final, jax.lax.stop_gradient(early_losses.at[-1].set(final_loss[0]))
+
+
+def _every(x: jax.Array, stride: int, offset: jax.Array | int) -> jax.Array:
+    """Positions offset, offset + stride, ... of [B, S, ...]."""
+    if stride == 1:
+        return x
+    split = x.reshape(x.shape[0], -1, stride, *x.shape[2:])
+    return jax.lax.dynamic_index_in_dim(split, offset, axis=2, keepdims=False)

@@ -58,6 +58,11 @@ def exit_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
     return project_vocabulary(params, final_norm(params, x, config))
 
 
+def head_params(params: Params) -> Params:
+    """The part of the parameters that `exit_logits` reads."""
+    return {key: params[key] for key in ("final_norm", "lm_head" if "lm_head" in params else "embed")}
+
+
 def apply_layer(layer: Params, x: jax.Array, cos_sin, attend, config: ModelConfig) -> tuple[jax.Array, Any]:
     """One layer with its own (unstacked) parameters: (x + f_l(x), state of `attend`)."""
     update, state = DecoderLayer(config).apply({"params": layer}, x, cos_sin, attend)

@@ -113,7 +113,7 @@ def _accumulate(state: TrainState, batch: Batch, recipe: Recipe, config: Config)
 
     def microbatch(index, part):
         mask_key = jax.random.fold_in(key, index)
-        (loss, exit_losses), gradients = gradient_of(state.params, part, recipe, mask_key, config)
+        (loss, exit_losses), gradients = gradient_of(state.params, part, recipe, state.step, mask_key, config)
         return gradients, loss, exit_losses
 
     if t.gradient_accumulation == 1:
@@ -127,7 +127,7 @@ def _accumulate(state: TrainState, batch: Batch, recipe: Recipe, config: Config)
     return jax.tree.map(lambda a: a / tokens, total)
 
 
-def _loss_sum(params: Params, batch: Batch, recipe: Recipe, mask_key: jax.Array, config: Config):
+def _loss_sum(params: Params, batch: Batch, recipe: Recipe, step: jax.Array, mask_key: jax.Array, config: Config):
     t, s = config.training, config.layerskip
     dtype = compute_dtype(config)
     mask = None
@@ -143,6 +143,9 @@ def _loss_sum(params: Params, batch: Batch, recipe: Recipe, mask_key: jax.Array,
         exit_active=recipe.exit_active,
         layer_mask=mask,
         distillation=s.exit_distillation,
+        token_stride=s.exit_token_stride,
+        token_offset=step % s.exit_token_stride,
+        exits_train_head=s.exits_train_head,
         loss_chunk=t.loss_chunk,
         rematerialize=t.rematerialize,
         unroll=t.scan_unroll,
