@@ -129,10 +129,12 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """`max_batches`: held-out batches per evaluation; 0 means all of them."""
+    """`max_batches`: held-out batches per evaluation; 0 means all of them. `exit_stride`: one exit in so many is
+    evaluated, and the last."""
 
     every_steps: int = 500
     max_batches: int = 8
+    exit_stride: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +278,7 @@ def _check_values(config: Config) -> None:
     d = config.data.held_out_fraction
     _require(0 < d < 1, f"config.data.held_out_fraction must be between 0 and 1, got {d}")
     _positive("checkpoint", config.checkpoint, "every_steps", "keep")
-    _positive("evaluation", config.evaluation, "every_steps")
+    _positive("evaluation", config.evaluation, "every_steps", "exit_stride")
     most = config.evaluation.max_batches
     _require(most >= 0, f"config.evaluation.max_batches must not be negative, got {most}")
     sizes = dataclasses.astuple(config.mesh)

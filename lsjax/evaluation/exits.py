@@ -15,25 +15,39 @@ from lsjax.model.transformer import Params, exit_logits, scan_layers
 
 
 class ExitProfile(NamedTuple):
-    """Float arrays [L], entry l for exit_layer l + 1, over held-out tokens: cross-entropy in nats a token, share
-    of next tokens predicted, and share of greedy predictions equal to the last layer's (what drafting needs)."""
+    """Arrays [n], an entry each of `exit_layers`, over held-out tokens: cross-entropy in nats a token, share of next
+    tokens predicted, and share of greedy predictions equal to the last layer's (what drafting needs)."""
 
+    exit_layers: np.ndarray
     loss: np.ndarray
     accuracy: np.ndarray
     agreement: np.ndarray
 
+    def at(self, exit_layer: int) -> tuple[float, float, float]:
+        """(loss, accuracy, agreement) of one exit."""
+        index = int(np.flatnonzero(self.exit_layers == exit_layer)[0])
+        return float(self.loss[index]), float(self.accuracy[index]), float(self.agreement[index])
 
-def exit_profile(params: Params, batches: Iterable[Batch], config: ModelConfig) -> ExitProfile:
-    """Means over all the batches' learned tokens."""
-    totals = [evaluate_batch(params, batch, config) for batch in batches]
+
+def evaluated_exits(num_layers: int, stride: int) -> tuple[int, ...]:
+    """The exit layers that are multiples of `stride`, and the last one: reading an exit costs as much as layers do."""
+    return tuple(sorted({*range(stride, num_layers + 1, stride), num_layers}))
+
+
+def exit_profile(params: Params, batches: Iterable[Batch], config: ModelConfig, stride: int = 1) -> ExitProfile:
+    """Means over all the batches' learned tokens, at every `stride`-th exit and the last."""
+    exits = evaluated_exits(config.num_layers, stride)
+    totals = [evaluate_batch(params, batch, config, exits) for batch in batches]
     loss, right, agree, tokens = (np.sum([np.asarray(t[i], np.float64) for t in totals], axis=0) for i in range(4))
-    return ExitProfile(loss / tokens, right / tokens, agree / tokens)
+    return ExitProfile(np.array(exits), loss / tokens, right / tokens, agree / tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "chunk"))
-def evaluate_batch(params: Params, batch: Batch, config: ModelConfig, chunk: int = 1024):
-    """Sums over one batch: loss [L], right [L], agree [L], tokens []. Logits exist for `chunk` tokens at a time."""
+@functools.partial(jax.jit, static_argnames=("config", "exit_layers", "chunk"))
+def evaluate_batch(params: Params, batch: Batch, config: ModelConfig, exit_layers: tuple[int, ...], chunk: int = 1024):
+    """Sums over one batch, an entry each of exit_layers (the last layer among them): loss, right, agree, and the
+    number of tokens. Logits exist for `chunk` tokens at a time."""
     targets, weights = split_tokens((batch.targets, batch.weights), chunk)
+    index = np.array(exit_layers) - 1
 
     def read_chunk(x, targets, weights):
         logits = exit_logits(params, x, config)
@@ -42,14 +56,26 @@ def evaluate_batch(params: Params, batch: Batch, config: ModelConfig, chunk: int
         loss = jnp.sum((jax.nn.logsumexp(logits, axis=-1) - target_logit) * weights)
         return loss, jnp.sum((predicted == targets) * weights), predicted
 
-    def read(x, _):
+    def read_exit(x):
         loss, right, predicted = jax.lax.map(
             lambda piece: read_chunk(*piece), (split_tokens(x, chunk), targets, weights)
         )
         return jnp.sum(loss), jnp.sum(right), predicted
 
-    _, (loss, right, predicted) = scan_layers(
-        params, batch.tokens, config, positions=batch.positions, segment_ids=batch.segment_ids, read=read
+    def read(x, wanted):
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(read_exit, x))
+        return jax.lax.cond(wanted, read_exit, lambda _: nothing, x)
+
+    wanted = np.isin(np.arange(config.num_layers), index)
+    _, results = scan_layers(
+        params,
+        batch.tokens,
+        config,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+        per_layer=wanted,
+        read=read,
     )
+    loss, right, predicted = jax.tree.map(lambda a: a[index], results)
     agree = jnp.sum((predicted == predicted[-1]) * weights, axis=(1, 2, 3))
     return loss, right, agree, jnp.sum(weights)

@@ -29,7 +29,7 @@ def draw_run(path: Path, profile: ExitProfile, report: dict[str, Any], title: st
 
 
 def _draw_exits(axes, profile: ExitProfile) -> None:
-    layers = np.arange(1, len(profile.loss) + 1)
+    layers = profile.exit_layers
     axes.plot(layers, profile.loss, "o-", color="tab:blue", label="loss")
     axes.set(title="Held-out text, exit by exit", xlabel="exit layer", ylabel="loss (nats a token)", xticks=layers)
     other = axes.twinx()

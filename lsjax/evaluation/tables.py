@@ -13,7 +13,7 @@ def exit_table(profile: ExitProfile) -> Table:
     table = Table(title="Held-out text, exit by exit", title_justify="left")
     for name in ("exit layer", "loss (nats/token)", "next token right", "agrees with last layer"):
         table.add_column(name, justify="right")
-    for layer, (loss, accuracy, agreement) in enumerate(zip(*profile, strict=True), 1):
+    for layer, loss, accuracy, agreement in zip(*profile, strict=True):
         table.add_row(str(layer), f"{loss:.3f}", f"{accuracy:.1%}", f"{agreement:.1%}")
     return table
 

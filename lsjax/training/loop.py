@@ -165,7 +165,7 @@ class _Run:
         t, sharding = self.config.training, batch_sharding(self.mesh)
         batches = held_out_batches(self.directory, t.batch_size, t.sequence_length, self.config.evaluation.max_batches)
         put = (put_batch(batch, sharding) for batch in batches)
-        self.profile = exit_profile(state.params, put, self.config.model)
+        self.profile = exit_profile(state.params, put, self.config.model, self.config.evaluation.exit_stride)
         then, previous = self.clock
         self.clock = (then + time.monotonic() - began, previous)  # evaluation is no training time
         return self.profile
@@ -196,9 +196,9 @@ def _check_finite(step: int, metrics: StepMetrics) -> None:
 
 
 def _evaluation_line(step: int, profile: ExitProfile) -> str:
-    layers = len(profile.loss)
-    shown = sorted({max(1, layers // 4), max(1, layers // 2), max(1, 3 * layers // 4), layers})
-    exits = "  ".join(f"{layer}: {profile.loss[layer - 1]:.3f}" for layer in shown)
+    exits = profile.exit_layers
+    shown = sorted({exits[min(quarter * len(exits) // 4, len(exits) - 1)] for quarter in (0, 1, 2, 3, 4)})
+    exits = "  ".join(f"{layer}: {profile.at(layer)[0]:.3f}" for layer in shown)
     return f"held out at step {step}: loss by exit layer  {exits}"
 
 

@@ -36,8 +36,9 @@ def active_exit_losses(metrics: StepMetrics) -> dict[int, float]:
 def describe_evaluation(step: int, profile: ExitProfile) -> dict[str, Any]:
     """{step, loss: {exit_layer: nats a token}, accuracy: {...}, agreement: {...}} on held-out text."""
     by_exit = {
-        name: {str(layer + 1): float(value) for layer, value in enumerate(values)}
+        name: {str(layer): float(value) for layer, value in zip(profile.exit_layers, values, strict=True)}
         for name, values in profile._asdict().items()
+        if name != "exit_layers"
     }
     return {"step": step} | by_exit
 

@@ -1,0 +1,54 @@
+"""Loading needs little more than the parameters."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lsjax.config import ModelConfig
+from lsjax.data.tokenizer import train_tokenizer
+
+# Measured in a fresh process, around `load` alone: VmHWM is the peak of what the process had in memory.
+PROGRAM = """
+import jax, sys
+import lsjax
+from lsjax.interop.gguf import open_gguf
+
+def kilobytes(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+jax.block_until_ready(jax.numpy.ones(8))
+before = kilobytes("VmRSS")
+model = lsjax.load(sys.argv[1], dtype=sys.argv[2])
+jax.block_until_ready(model.params)
+size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+print(size, (kilobytes("VmHWM") - before) * 1024 / size)
+"""
+
+LARGE = ModelConfig(
+    num_layers=6,
+    width=1536,
+    num_heads=12,
+    num_kv_heads=4,
+    head_width=128,
+    feed_forward_width=6144,
+    vocab_size=32000,
+    tie_embeddings=False,
+)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(("stored", "wanted"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "stored")])
+def test_peak_memory_is_below_1_3_times_the_parameters(stored, wanted, tmp_path):
+    from lsjax.interop.huggingface import write_huggingface
+    from lsjax.interop.tensors import abstract_params
+
+    import jax
+
+    zeros = jax.tree.map(lambda a: np.ones(a.shape, jax.numpy.dtype(stored)), abstract_params(LARGE))
+    write_huggingface(tmp_path, LARGE, zeros, train_tokenizer(["text"], 300), shard_bytes=10**9)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path, wanted], capture_output=True, text=True, check=True)
+    size, ratio = done.stdout.split()
+    assert int(size) > 10**9
+    assert 1.0 <= float(ratio) < 1.3
