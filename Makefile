@@ -5,13 +5,21 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: demo test lint format lock clean
+PARITY := $(VENV)/.parity
+
+.PHONY: demo demo-pretrained test test-parity lint format lock clean
 
 demo: $(READY)  ## Train a small LayerSkip Llama on real text and benchmark its decoding.
 	$(RUN) launch/demo.py --config=configs/demo.py --workdir=runs/demo
 
-test: $(READY)  ## Everything CI runs but lint.
-	$(RUN) -m pytest -n $(JOBS) --dist loadfile
+demo-pretrained: $(READY)  ## Continue a real Llama, SmolLM2-135M, with LayerSkip; every exit before and after.
+	$(RUN) launch/demo_pretrained.py --config=configs/continual_smollm2_135m.py --workdir=runs/smollm2
+
+test: $(READY)  ## The tests.
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile --ignore=tests/parity
+
+test-parity: $(PARITY)  ## Against PyTorch transformers on the same weights (torch is large).
+	$(RUN) -m pytest tests/parity
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -35,3 +43,9 @@ $(READY): requirements.lock pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $(READY)
+
+# torch by its exact version: a range would take a build with several GB of CUDA packages where a CPU build is at hand.
+$(PARITY): $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock accelerate "transformers>=5.23" "sentencepiece>=0.2.2"
+	touch $(PARITY)

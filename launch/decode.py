@@ -4,6 +4,7 @@ On text that the run held out, or on a prompt of yours:
 
   python launch/decode.py --model=runs/demo --exit_layer=2 --num_speculations=4 --report=report.json
   python launch/decode.py --model=runs/demo --prompt="def main():"
+  python launch/decode.py --model=SmolLM2-135M-Instruct.Q4_1.gguf --chat --prompt="What is the capital of France?"
 
 Times never include compilation, repeats of the strategies are interleaved, and speeds are medians over the
 prompts. `speed-up` is against this run's own autoregressive decoding of the same prompts, and "same tokens" says
@@ -19,9 +20,10 @@ from lsjax import commands
 from lsjax.errors import UserError
 
 NAMES = ("autoregressive", "early_exit", "self_speculative")
-MODEL = flags.DEFINE_string("model", None, "Training workdir.", required=True)
+MODEL = flags.DEFINE_string("model", None, "Training workdir, Hugging Face folder or GGUF file.", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "One prompt; its continuations are printed.")
 PROMPTS = flags.DEFINE_string("prompts", None, 'A .jsonl file of {"prompt": TEXT} lines.')
+CHAT = flags.DEFINE_bool("chat", False, "Put each prompt into the model's chat template, as a user's message.")
 NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 8, "Held-out prompts to take when none are given.", lower_bound=1)
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 64, "Length of the held-out prompts.", lower_bound=1)
 STRATEGIES = flags.DEFINE_list("strategies", ",".join(NAMES), f"Which of {', '.join(NAMES)} to run.")
@@ -44,7 +46,7 @@ def main() -> None:
     model = load(MODEL.value)
     report = benchmark(
         model,
-        _prompts(),
+        _prompts(model),
         _strategies(model.config.num_layers),
         max_new_tokens=MAX_NEW_TOKENS.value,
         batch_size=BATCH_SIZE.value,
@@ -59,16 +61,21 @@ def main() -> None:
         print(f"report: {REPORT.value}")
 
 
-def _prompts() -> list:
+def _prompts(model) -> list:
     from lsjax.prompts import held_out_prompts, read_prompts
 
     if PROMPT.value is not None and PROMPTS.value is not None:
         raise UserError("give --prompt or --prompts, not both")
-    if PROMPT.value is not None:
-        return [PROMPT.value]
-    if PROMPTS.value is not None:
-        return read_prompts(Path(PROMPTS.value))
+    if PROMPT.value is not None or PROMPTS.value is not None:
+        texts = [PROMPT.value] if PROMPT.value is not None else read_prompts(Path(PROMPTS.value))
+        return [_in_template(model, text) for text in texts] if CHAT.value else texts
+    if CHAT.value:
+        raise UserError("--chat needs --prompt or --prompts")
     return held_out_prompts(Path(MODEL.value), NUM_PROMPTS.value, PROMPT_TOKENS.value)
+
+
+def _in_template(model, text: str) -> list[int]:
+    return model.tokenizer.encode_chat([{"role": "user", "content": text}])
 
 
 def _strategies(num_layers: int) -> list:
@@ -89,9 +96,10 @@ def _strategies(num_layers: int) -> list:
 def _print_texts(model) -> None:
     from lsjax.decoding.generate import generate
 
+    gap = "\n" if CHAT.value else ""
     for strategy in _strategies(model.config.num_layers):
-        text = generate(model, [PROMPT.value], MAX_NEW_TOKENS.value, strategy).text[0]
-        print(f"\n--- {strategy.name}\n{PROMPT.value}{text}")
+        text = generate(model, _prompts(model), MAX_NEW_TOKENS.value, strategy).text[0]
+        print(f"\n--- {strategy.name}\n{PROMPT.value}{gap}{text}")
 
 
 if __name__ == "__main__":

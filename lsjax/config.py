@@ -55,6 +55,8 @@ class LayerSkipConfig:
     first exits, the cheapest to draft with, weigh next to nothing).
     `exit_distillation`: beside the cross-entropy of each early exit, this much of its KL divergence from the last
     layer's own distribution, gradient stopped (not in the paper; EESD, arXiv 2406.03853). 0 is the paper.
+    `exit_first`: exit layers below it are not trained (1 is the paper; asking the first layers of a pretrained model
+    to predict costs its last layer dear).
     `exit_token_stride`: early exits look at one token in so many, another one each step (the last layer at all).
     `exits_train_head`: whether early exits pull on the shared norm and head (as in the paper)."""
 
@@ -68,6 +70,7 @@ class LayerSkipConfig:
     exit_rotation: int = 8
     exit_weight_floor: float = 0.0
     exit_distillation: float = 0.0
+    exit_first: int = 1
     exit_token_stride: int = 1
     exits_train_head: bool = True
 
@@ -91,7 +94,8 @@ class DataConfig:
 class TrainingConfig:
     """`batch_size`: sequences a step over all hosts. `compute_dtype`: "auto" is float32 on CPU, else bfloat16.
     `rematerialize`: recompute each layer in the backward pass. `loss_chunk`: tokens whose logits exist at once.
-    `scan_unroll`: layers per iteration of the layer loop."""
+    `scan_unroll`: layers per iteration of the layer loop. `frozen`: parameters that stay as they are, such as
+    "embed" or "embed,layers/attention_norm" (paths as in lsjax/scale/sharding.py, or their beginnings)."""
 
     total_steps: int = 1000
     batch_size: int = 16
@@ -109,6 +113,7 @@ class TrainingConfig:
     rematerialize: bool = True
     loss_chunk: int = 1024
     scan_unroll: int = 1
+    frozen: str = ""
     log_every_steps: int = 10
 
 
@@ -234,7 +239,7 @@ def _check_layerskip(s: LayerSkipConfig) -> None:
     _choice("config.layerskip.dropout_granularity", s.dropout_granularity, ("sample", "batch"))
     _choice("config.layerskip.exit_curriculum", s.exit_curriculum, ("none", "rotational", "gradual", "all"))
     _require(0 <= s.exit_scale <= 1, f"config.layerskip.exit_scale must be in [0, 1], got {s.exit_scale}")
-    _positive("layerskip", s, "exit_rotation", "exit_token_stride")
+    _positive("layerskip", s, "exit_rotation", "exit_token_stride", "exit_first")
     d, floor = s.exit_distillation, s.exit_weight_floor
     _require(d >= 0, f"config.layerskip.exit_distillation must not be negative, got {d}")
     _require(0 <= floor <= 1, f"config.layerskip.exit_weight_floor must be in [0, 1], got {floor}")
@@ -258,6 +263,11 @@ def _check_training(config: Config) -> None:
         t.sequence_length <= config.model.context_length,
         f"config.training.sequence_length ({t.sequence_length}) exceeds config.model.context_length "
         f"({config.model.context_length})",
+    )
+    first = config.layerskip.exit_first
+    _require(
+        first <= config.model.num_layers,
+        f"config.layerskip.exit_first ({first}) exceeds config.model.num_layers ({config.model.num_layers})",
     )
     stride = config.layerskip.exit_token_stride
     _require(

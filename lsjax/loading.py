@@ -96,7 +96,7 @@ def read_model_config(path: str | Path) -> ModelConfig:
 
 
 def _kind(path: Path) -> str:
-    """"gguf", "huggingface" or "workdir"."""
+    """ "gguf", "huggingface" or "workdir"."""
     if not path.exists():
         raise UserError(f"no model at {path}: it does not exist")
     if path.is_file():

@@ -37,6 +37,8 @@ def read_prompts(path: Path) -> list[str]:
 
 def held_out_prompts(workdir: Path, count: int, tokens: int) -> list[list[int]]:
     """The first `tokens` of `count` sequences spread evenly over the text that the run in `workdir` held out."""
+    if not workdirs.is_run(workdir):
+        raise UserError(f"{workdir} is no training workdir, so it has no held-out text: give --prompt or --prompts")
     directory = workdirs.data_directory(workdir, workdirs.read_config(workdir))
     manifest = read_manifest(directory)
     if manifest is None:

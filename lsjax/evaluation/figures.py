@@ -22,6 +22,23 @@ def draw_run(path: Path, profile: ExitProfile, report: dict[str, Any], title: st
     runs = [run for run in report["runs"] if run["strategy"] == "self_speculative"]
     _draw_grid(middle, runs, "speedup", "Self-speculation: speed-up over autoregressive", "{:.2f}")
     _draw_grid(right, runs, "acceptance_rate", "Drafted tokens accepted", "{:.0%}")
+    _save(figure, path)
+
+
+def draw_comparison(path: Path, profiles: dict[str, ExitProfile]) -> None:
+    """Writes a PNG: loss and agreement by exit layer, a line a model."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for name, profile in profiles.items():
+        left.plot(profile.exit_layers, profile.loss, "o-", label=name)
+        right.plot(profile.exit_layers, profile.agreement, "o-", label=name)
+    left.set(title="Held-out loss", xlabel="exit layer", ylabel="nats a token", ylim=(0, None))
+    right.set(title="Agreement with the last layer", xlabel="exit layer", ylim=(0, 1.02))
+    right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    left.legend()
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     plt.close(figure)

@@ -18,6 +18,19 @@ def exit_table(profile: ExitProfile) -> Table:
     return table
 
 
+def comparison_table(profiles: dict[str, ExitProfile]) -> Table:
+    """Several models on the same held-out text, exit by exit: loss, and agreement with each one's own last layer."""
+    table = Table(title="Held-out text, exit by exit", title_justify="left")
+    table.add_column("exit layer", justify="right")
+    for column in ("loss", "agreement"):
+        for name in profiles:
+            table.add_column(f"{column} {name}", justify="right")
+    for layer in next(iter(profiles.values())).exit_layers:
+        entries = [profile.at(layer) for profile in profiles.values()]
+        table.add_row(str(layer), *(f"{loss:.2f}" for loss, *_ in entries), *(f"{agree:.1%}" for *_, agree in entries))
+    return table
+
+
 def decoding_table(report: dict[str, Any]) -> Table:
     """A row a run of a decoding report."""
     table = Table(title=f"Decoding on {report['device']}", title_justify="left")

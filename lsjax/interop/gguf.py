@@ -134,12 +134,14 @@ def _gives_factors(scaling: RopeScaling, theta: float, head_width: int, factors:
     from lsjax.model.rope import inverse_frequencies
 
     plain = ModelConfig(head_width=head_width, rope_theta=theta)
-    ratio = inverse_frequencies(plain) / inverse_frequencies(ModelConfig(head_width=head_width, rope_theta=theta, rope_scaling=scaling))
+    ratio = inverse_frequencies(plain) / inverse_frequencies(
+        ModelConfig(head_width=head_width, rope_theta=theta, rope_scaling=scaling)
+    )
     return ratio.shape == factors.shape and np.allclose(ratio, factors, rtol=1e-3)
 
 
 def _huggingface_name(name: str) -> str:
-    """"blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"; unknown names stay, and are reported."""
+    """ "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"; unknown names stay, and are reported."""
     stem, _, suffix = name.rpartition(".")
     block, _, rest = stem.partition(".")
     layer, _, kind = rest.partition(".")

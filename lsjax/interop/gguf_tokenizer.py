@@ -11,7 +11,8 @@ from lsjax.errors import UserError
 _CONTROL, _USER_DEFINED = 3, 4  # token types of llama.cpp
 _BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # How a byte-level tokenizer cuts text before merging, by the name in tokenizer.ggml.pre.
 _PRE_TOKENIZERS = {
@@ -40,7 +41,9 @@ def gguf_tokenizer(fields: dict[str, Any], where: str) -> Tokenizer:
         backend = _sentencepiece(fields, tokens, ids, where)
     else:
         raise UserError(f"{where}: tokenizer.ggml.model is {kind!r}; lsjax knows gpt2 (byte-level BPE) and llama")
-    special = [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types, strict=True) if k == _CONTROL]
+    special = [
+        AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types, strict=True) if k == _CONTROL
+    ]
     defined = [AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True) if k == _USER_DEFINED]
     backend.add_special_tokens(special)
     backend.add_tokens(defined)
@@ -74,9 +77,7 @@ def _sentencepiece(fields: dict[str, Any], tokens: list[str], ids: dict[str, int
     prepend = [normalizers.Prepend("▁")] if fields.get("tokenizer.ggml.add_space_prefix", True) else []
     backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prepend else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return backend
 
 

@@ -78,7 +78,9 @@ def _rope(tree: dict[str, Any], where: str) -> tuple[float, RopeScaling]:
     scaling = new if new is not None else tree.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise UserError(f"{where}: rope settings must be an object, got {scaling!r}")
-    theta = _number(scaling | {"rope_theta": scaling.get("rope_theta", tree.get("rope_theta"))}, "rope_theta", float, where, 1e4)
+    theta = _number(
+        scaling | {"rope_theta": scaling.get("rope_theta", tree.get("rope_theta"))}, "rope_theta", float, where, 1e4
+    )
     if scaling.get("partial_rotary_factor", 1.0) not in (1.0, None):
         raise UserError(f"{where}: partial_rotary_factor is {scaling['partial_rotary_factor']!r}; lsjax has only 1.0")
     kind = scaling.get("rope_type", scaling.get("type")) or "default"

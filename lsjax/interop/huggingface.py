@@ -117,7 +117,9 @@ def _drop_known_extras(tensors: dict[str, StoredTensor], config: ModelConfig, fo
 def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    parts = [(slice(start, min(start + rows, a.shape[0])), slice(0, a.shape[1])) for start in range(0, a.shape[0], rows)]
+    parts = [
+        (slice(start, min(start + rows, a.shape[0])), slice(0, a.shape[1])) for start in range(0, a.shape[0], rows)
+    ]
     return all(np.array_equal(a.read(part), b.read(part)) for part in parts)
 
 

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
 from lsjax.data.batch import Batch
-from lsjax.model.transformer import Params, exit_logits, head_params, scan_layers
+from lsjax.model.transformer import Params, final_norm, head_matrix, project_vocabulary, scan_layers
 
 
 class _Text(NamedTuple):
-    """What the exits' states [E,B,S,D] are judged by: targets and weights [B,S], and perhaps the last layer's states
-    [B,S,D] as a teacher."""
+    """What the exits' states [E,B,S,D] are judged by: targets and weights [B,S], perhaps a teacher's states [B,S,D]."""
 
     targets: jax.Array
     weights: jax.Array
@@ -25,7 +24,7 @@ class _Text(NamedTuple):
 
 
 def exit_losses(
-    head: Params,
+    params: Params,
     states: jax.Array,
     text: _Text,
     exit_weights: jax.Array,
@@ -38,10 +37,12 @@ def exit_losses(
     """(sum_e w(e) (CE_e + distillation KL_e), CE_e [E]), summed over tokens; the second carries no gradient.
 
     states [E,B,S,D] after E layers; an exit that is not active costs nothing. KL_e is the divergence of exit e from
-    the teacher, through which no gradient flows. Without `head_learns` none flows into `head` either.
+    the teacher, through which no gradient flows. Without `head_learns` the vocabulary projection has none either.
     """
-    per_exit = (exit_weights, exit_active)
-    return _losses(head, states, text, per_exit, (config, chunk, distillation, head_learns))
+    normed = final_norm(params, states, config)
+    if text.teacher is not None:
+        text = text._replace(teacher=jax.lax.stop_gradient(final_norm(params, text.teacher, config)))
+    return _losses(head_matrix(params), normed, text, (exit_weights, exit_active), (chunk, distillation, head_learns))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -63,51 +64,54 @@ _losses.defvjp(_losses_forward, _losses_backward)
 
 
 def _run(head, states, text: _Text, per_exit, static, with_gradient: bool):
-    """((objective, CE [E]), (gradient of head, of states)): chunk by chunk, in each exit by exit."""
-    config, chunk, distillation, head_learns = static
-    head_gradient = with_gradient and head_learns
+    """((objective, CE [E]), (gradient of head, of states)): chunk by chunk, in each exit by exit. States are normed."""
+    chunk, distillation, head_learns = static
 
     def chunk_losses(head_sum, piece):
         states, text = piece
-        teach = None
-        if text.teacher is not None:
-            teach = jax.nn.log_softmax(exit_logits(head, text.teacher, config))
-
-        def objective(head, x, weight):
-            cross_entropy, divergence = _judge(exit_logits(head, x, config), text, teach)
-            return weight * (cross_entropy + distillation * divergence), cross_entropy
-
-        def run_exit(head_sum, x, weight):
-            if not with_gradient:
-                return head_sum, *objective(head, x, weight), jnp.zeros((), x.dtype)
-            wanted = (0, 1) if head_learns else (1,)
-            (value, loss), (*of_head, of_x) = jax.value_and_grad(objective, wanted, has_aux=True)(head, x, weight)
-            head_sum = jax.tree.map(jnp.add, head_sum, of_head[0]) if head_learns else head_sum
-            return head_sum, value, loss, of_x
-
-        def skip_exit(head_sum, x, weight):
-            zero = jnp.float32(0.0)
-            return head_sum, zero, zero, jnp.zeros_like(x) if with_gradient else jnp.zeros((), x.dtype)
-
-        def one_exit(head_sum, exit_):
-            x, weight, active = exit_
-            head_sum, *rest = jax.lax.cond(active, run_exit, skip_exit, head_sum, x, weight)
-            return head_sum, tuple(rest)
-
+        loss_of = functools.partial(_exit_loss, text=text, teach=_teach(head, text), distillation=distillation)
+        one_exit = functools.partial(_one_exit, head, loss_of, with_gradient, head_learns)
         return jax.lax.scan(one_exit, head_sum, (states, *per_exit))
 
-    pieces = split_tokens((states.swapaxes(0, 1).swapaxes(1, 2), text), chunk)
-    # [B, S, E, D] was only for cutting S: each piece is [E, B, s, D] again.
-    pieces = (jnp.moveaxis(pieces[0], 3, 1), pieces[1])
-    head_sum = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head) if head_gradient else None
-    head_sum, (values, losses, of_states) = jax.lax.scan(chunk_losses, head_sum, pieces)
+    states_pieces, text_pieces = split_tokens((jnp.moveaxis(states, 0, 2), text), chunk)
+    pieces = (jnp.moveaxis(states_pieces, 3, 1), text_pieces)  # [pieces, E, B, s, D], and text [pieces, B, s]
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
+    head_sum, (values, losses, of_states) = jax.lax.scan(chunk_losses, zeros, pieces)
     result = jnp.sum(values), jnp.sum(losses, axis=0)
     if not with_gradient:
         return result, None
-    of_head = jax.tree.map(lambda a, s: (s if head_learns else jnp.zeros_like(a)).astype(a.dtype), head, head_sum or head)
-    # [pieces, E, B, s, D] -> [E, B, S, D]
-    of_states = jnp.moveaxis(of_states, 0, 2).reshape(states.shape)
-    return result, (of_head, of_states)
+    of_head = jax.tree.map(lambda a, s: s.astype(a.dtype), head, head_sum)
+    return result, (of_head, jnp.moveaxis(of_states, 0, 2).reshape(states.shape))
+
+
+def _one_exit(head, loss_of, with_gradient: bool, head_learns: bool, head_sum, exit_):
+    """Adds an active exit's gradient to head_sum; gives (objective, CE, gradient of its states)."""
+    x, weight, active = exit_
+
+    def run(head_sum):
+        if not with_gradient:
+            return head_sum, (*loss_of(head, x, weight), None)
+        wanted = (0, 1) if head_learns else (1,)
+        (value, loss), gradients = jax.value_and_grad(loss_of, wanted, has_aux=True)(head, x, weight)
+        if head_learns:
+            head_sum = jax.tree.map(jnp.add, head_sum, gradients[0])
+        return head_sum, (value, loss, gradients[-1])
+
+    def skip(head_sum):
+        zero = jnp.float32(0.0)
+        return head_sum, (zero, zero, jnp.zeros_like(x) if with_gradient else None)
+
+    return jax.lax.cond(active, run, skip, head_sum)
+
+
+def _teach(head, text: _Text) -> jax.Array | None:
+    """The teacher's log-probabilities [B, s, V]."""
+    return None if text.teacher is None else jax.nn.log_softmax(project_vocabulary(head, text.teacher))
+
+
+def _exit_loss(head, x, weight, text: _Text, teach: jax.Array | None, distillation: float):
+    cross_entropy, divergence = _judge(project_vocabulary(head, x), text, teach)
+    return weight * (cross_entropy + distillation * divergence), cross_entropy
 
 
 def _judge(logits: jax.Array, text: _Text, teach: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -146,6 +150,7 @@ def multi_exit_loss(
     token_stride: int = 1,
     token_offset: jax.Array | int = 0,
     exits_train_head: bool = True,
+    head_learns: bool = True,
     loss_chunk: int = 1024,
     rematerialize: bool = False,
     unroll: int = 1,
@@ -154,14 +159,15 @@ def multi_exit_loss(
 
     exit_weights and exit_active [L] are data: a curriculum never recompiles, and an inactive exit costs nothing
     (`lax.cond`). Index l reads the state after layer l; the last layer always counts. Early exits look at every
-    `token_stride`-th token, from `token_offset` on, each for so many. With distillation the states of all layers are
-    kept until the last one is known; without, each exit's loss is taken inside the layer scan.
+    `token_stride`-th token, from `token_offset` on, each for so many. Unless `exits_train_head`, only the last layer
+    pulls on the shared norm and head; unless `head_learns`, nothing does on the head. With distillation the states of
+    all layers are kept until the last one is known; without, each exit's loss is taken inside the layer scan.
     """
     sample = functools.partial(_every, stride=token_stride, offset=token_offset)
-    head = head_params(params)
+    shared = params if exits_train_head else jax.lax.stop_gradient(params)
     sampled = _Text(sample(batch.targets), token_stride * sample(batch.weights))
     losses = functools.partial(exit_losses, config=config, chunk=loss_chunk)
-    early = functools.partial(losses, head, distillation=distillation, head_learns=exits_train_head)
+    early = functools.partial(losses, shared, distillation=distillation, head_learns=head_learns and exits_train_head)
     run_layers = functools.partial(
         scan_layers,
         params,
@@ -184,7 +190,7 @@ def multi_exit_loss(
         x, (weighted, early_losses) = run_layers(per_layer=exits, read=inside)
         weighted, early_losses = jnp.sum(weighted), early_losses[:, 0]
     text = _Text(batch.targets, batch.weights)
-    final, final_loss = losses(head, x[None], text, exit_weights[-1:], jnp.ones(1, bool))
+    final, final_loss = losses(params, x[None], text, exit_weights[-1:], jnp.ones(1, bool), head_learns=head_learns)
     return weighted + final, jax.lax.stop_gradient(early_losses.at[-1].set(final_loss[0]))
 
 

@@ -58,9 +58,10 @@ def exit_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
     return project_vocabulary(params, final_norm(params, x, config))
 
 
-def head_params(params: Params) -> Params:
-    """The part of the parameters that `exit_logits` reads."""
-    return {key: params[key] for key in ("final_norm", "lm_head" if "lm_head" in params else "embed")}
+def head_matrix(params: Params) -> Params:
+    """The part of the parameters that `project_vocabulary` reads."""
+    name = "lm_head" if "lm_head" in params else "embed"
+    return {name: params[name]}
 
 
 def apply_layer(layer: Params, x: jax.Array, cos_sin, attend, config: ModelConfig) -> tuple[jax.Array, Any]:

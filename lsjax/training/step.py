@@ -14,9 +14,9 @@ from lsjax.data.batch import Batch
 from lsjax.layerskip.dropout import draw_layer_mask, layer_dropout_rates
 from lsjax.layerskip.exits import exit_curriculum, exit_weights
 from lsjax.layerskip.loss import multi_exit_loss
-from lsjax.model.transformer import Params, init_params
+from lsjax.model.transformer import Params, head_matrix, init_params
 from lsjax.scale.sharding import batch_sharding, tree_shardings
-from lsjax.training.optimizer import learning_rate_schedule, make_optimizer
+from lsjax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -53,6 +53,7 @@ def recipe_at(step: jax.Array | int, config: Config) -> Recipe:
         layers, s.dropout_max_rate, step, total, s.dropout_depth_schedule, s.dropout_time_schedule
     )
     active = exit_curriculum(s.exit_curriculum, layers, step, total, s.exit_rotation)
+    active &= jnp.arange(layers) >= s.exit_first - 1
     return Recipe(rates, active, exit_weights(layers, s.exit_scale, active, s.exit_weight_floor))
 
 
@@ -135,6 +136,8 @@ def _loss_sum(params: Params, batch: Batch, recipe: Recipe, step: jax.Array, mas
         mask = draw_layer_mask(
             mask_key, recipe.dropout_rates, batch.tokens.shape[0], s.dropout_granularity, s.dropout_rescale
         )
+    frozen = is_frozen(t, params)
+    params = jax.tree.map(lambda a, still: jax.lax.stop_gradient(a) if still else a, params, frozen)
     return multi_exit_loss(
         jax.tree.map(lambda a: a.astype(dtype), params),
         batch,
@@ -146,6 +149,7 @@ def _loss_sum(params: Params, batch: Batch, recipe: Recipe, step: jax.Array, mas
         token_stride=s.exit_token_stride,
         token_offset=step % s.exit_token_stride,
         exits_train_head=s.exits_train_head,
+        head_learns=not jax.tree.leaves(head_matrix(frozen))[0],
         loss_chunk=t.loss_chunk,
         rematerialize=t.rematerialize,
         unroll=t.scan_unroll,

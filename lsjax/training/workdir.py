@@ -20,7 +20,7 @@ def check_free(workdir: Path, config: Config) -> None:
     make_folder(workdir, "workdir")
     path = Path(workdir) / CONFIG
     if path.exists():
-        if "training" not in read_json(path):
+        if not is_run(workdir):
             raise UserError(f"{workdir} holds a model, not a run: start from it with config.initial_model={workdir}")
         difference = _first_difference(read_config(workdir).to_dict(), config.to_dict())
         if difference:
@@ -38,6 +38,12 @@ def claim(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
         raise UserError(f"{path} is not the tokenizer of the packed data: the corpus has changed since the run began")
     tokenizer.save(workdir)
     write_atomically(Path(workdir) / CONFIG, json.dumps(config.to_dict(), indent=2))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is a workdir, and not a Hugging Face folder or a converted model."""
+    path = Path(folder) / CONFIG
+    return path.is_file() and "training" in read_json(path)
 
 
 def read_config(workdir: Path) -> Config:

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from lsjax.evaluation.exits import ExitProfile, exit_profile
-from lsjax.evaluation.figures import draw_run
-from lsjax.evaluation.tables import decoding_table, exit_table, print_table
+from lsjax.evaluation.figures import draw_comparison, draw_run
+from lsjax.evaluation.tables import comparison_table, decoding_table, exit_table, print_table
 from lsjax.scale.sharding import make_mesh
 from tests import numpy_llama
 from tests.layerskip.test_loss import batch  # noqa: F401 (fixture)
@@ -29,8 +29,18 @@ def test_profile_equals_numpy(tiny, tiny_params, batch):  # noqa: F811
     np.testing.assert_allclose(profile.agreement, agree / count)
 
 
+def test_some_exits_are_those_of_all(tiny, tiny_params, batch):  # noqa: F811
+    """A stride leaves exits out, the last one never, and changes no number of the others."""
+    every = exit_profile(tiny_params, [batch], tiny)
+    for stride, exits in ((2, [2, 4]), (3, [3, 4]), (9, [4])):
+        some = exit_profile(tiny_params, [batch], tiny, stride)
+        assert some.exit_layers.tolist() == exits
+        for layer in exits:
+            np.testing.assert_allclose(some.at(layer), every.at(layer), rtol=1e-6)
+
+
 def test_tables_and_picture_hold_the_numbers(tmp_path, capsys):
-    profile = ExitProfile(np.array([3.5, 2.25]), np.array([0.1, 0.4]), np.array([0.6, 1.0]))
+    profile = ExitProfile(np.array([2, 4]), np.array([3.5, 2.25]), np.array([0.1, 0.4]), np.array([0.6, 1.0]))
     print_table(exit_table(profile))
     run = {
         "strategy": "self_speculative", "exit_layer": 1, "num_speculations": 4, "batch_size": 1, "new_tokens": 64,
@@ -42,9 +52,15 @@ def test_tables_and_picture_hold_the_numbers(tmp_path, capsys):
     printed = capsys.readouterr().out
     for text in ("2.250", "60.0%", "self_speculative", "1.77", "81%", "4.20"):
         assert text in printed
+    better = profile._replace(loss=profile.loss / 3)
+    print_table(comparison_table({"before": profile, "after": better}))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert ["│", "4", "│", "2.25", "│", "0.75", "│", "100.0%", "│", "100.0%", "│"] in rows
+    draw_comparison(tmp_path / "both.png", {"before": profile, "after": better})
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     draw_run(tmp_path / "demo.png", profile, report, "a title")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both.png", "demo.png"]
 
 
 def test_profile_is_the_same_over_eight_devices(tiny, tiny_params, batch):  # noqa: F811

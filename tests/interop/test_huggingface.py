@@ -148,7 +148,9 @@ def pickle_instead(folder: Path) -> None:
 
 def index_that_lies(folder: Path) -> None:
     names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names | {"more": "model.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": names | {"more": "model.safetensors"}})
+    )
 
 
 def index_that_leads_elsewhere(folder: Path) -> None:
@@ -167,7 +169,10 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 BAD = {
     "a missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(DOWN)), f"lacks the tensor {DOWN} [36, 56]"),
     "an extra tensor": (set_tensor("model.layers.0.self_attn.q_proj.bias", np.zeros(36, np.float32)), "q_proj.bias"),
-    "a wrong shape": (set_tensor(DOWN, np.zeros((36, 55), np.float32)), f"{DOWN} has shape [36, 55], its config says [36, 56]"),
+    "a wrong shape": (
+        set_tensor(DOWN, np.zeros((36, 55), np.float32)),
+        f"{DOWN} has shape [36, 55], its config says [36, 56]",
+    ),
     "integers": (set_tensor(DOWN, np.zeros((36, 56), np.int8)), "stored as I8"),
     "another head under tied embeddings": (set_tensor("lm_head.weight", np.zeros((288, 36), np.float32)), "tie_word"),
     "another architecture": (set_config(model_type="mistral", architectures=["MistralForCausalLM"]), "'mistral'"),
@@ -203,7 +208,9 @@ def test_bad_folders_are_refused_whole(what, tmp_path):
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     folder = copy_of("smollm2", tmp_path / "model")
-    edit_tensors(folder, lambda t: t.__setitem__("model.embed_tokens.weight", t["model.embed_tokens.weight"][:200].copy()))
+    edit_tensors(
+        folder, lambda t: t.__setitem__("model.embed_tokens.weight", t["model.embed_tokens.weight"][:200].copy())
+    )
     edit_json(folder / "config.json", vocab_size=200)
     with pytest.raises(lsjax.UserError, match="tokenizer has 270 tokens, its embedding 200"):
         lsjax.load(folder)

@@ -41,10 +41,10 @@ LARGE = ModelConfig(
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("stored", "wanted"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "stored")])
 def test_peak_memory_is_below_1_3_times_the_parameters(stored, wanted, tmp_path):
+    import jax
+
     from lsjax.interop.huggingface import write_huggingface
     from lsjax.interop.tensors import abstract_params
-
-    import jax
 
     zeros = jax.tree.map(lambda a: np.ones(a.shape, jax.numpy.dtype(stored)), abstract_params(LARGE))
     write_huggingface(tmp_path, LARGE, zeros, train_tokenizer(["text"], 300), shard_bytes=10**9)

@@ -139,3 +139,51 @@ def test_distillation_does_not_pull_on_the_last_layer(tiny, tiny_params, batch):
     largest = np.abs(down).max(axis=(1, 2))
     assert largest[0] > 1e-3
     assert largest[3] < 1e-5 * largest[0]
+
+
+def test_strided_exits_read_every_other_token_for_two(tiny, tiny_params, batch):
+    """Early exits: the naive sum over the sampled tokens, twice; the last layer: all tokens, once."""
+    for offset in (0, 1):
+        _, losses = fused(tiny_params, batch, tiny, token_stride=2, token_offset=offset, loss_chunk=4)
+        logits = exit_logits(tiny_params, hidden_states(tiny_params, batch.tokens, tiny), tiny)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[None, ..., None], axis=-1)[..., 0]
+        weighted = np.asarray(-picked * batch.weights)
+        expected = np.append(2 * weighted[:-1, :, offset::2].sum((1, 2)), weighted[-1].sum()) * ACTIVE
+        np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.7])
+def test_what_early_exits_may_pull_on(tiny, tiny_params, batch, distillation):
+    """Only the last layer trains norm and head, or none trains the head; the layers learn the same from all."""
+    gradient = lambda **options: jax.grad(  # noqa: E731
+        lambda p: fused(p, batch, tiny, distillation=distillation, **options)[0]
+    )(untied)
+    untied = tiny_params | {"lm_head": tiny_params["embed"].T}
+    both, detached = gradient(), gradient(exits_train_head=False)
+    last_only = jax.grad(
+        lambda p: multi_exit_loss(p, batch, tiny, exit_weights=WEIGHTS, exit_active=np.arange(4) == 3)[0]
+    )(untied)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)  # noqa: E731
+    close(detached["lm_head"], last_only["lm_head"])
+    close(detached["final_norm"]["scale"], last_only["final_norm"]["scale"])
+    jax.tree.map(close, detached["layers"], both["layers"])
+    assert np.abs(both["lm_head"] - last_only["lm_head"]).max() > 1e-2
+    frozen = gradient(head_learns=False)
+    assert not np.any(frozen["lm_head"])
+    jax.tree.map(close, frozen["layers"], both["layers"])
+    close(frozen["final_norm"]["scale"], both["final_norm"]["scale"])
+
+
+def test_distilled_gradient_equals_naive(tiny, tiny_params, batch):
+    """Formed in the forward pass, chunk by chunk, against JAX's own gradient of the whole formula."""
+
+    def formula(params):
+        logits = exit_logits(params, hidden_states(params, batch.tokens, tiny), tiny)
+        teacher = jax.nn.log_softmax(jax.lax.stop_gradient(logits[-1]))
+        divergence = jnp.sum(jnp.exp(teacher) * (teacher - jax.nn.log_softmax(logits)), axis=-1)
+        early = WEIGHTS[:, None, None] * divergence * batch.weights
+        return naive(params, batch, tiny) + 0.7 * jnp.sum(early[:-1])
+
+    ours = jax.grad(lambda p: 3 * fused(p, batch, tiny, distillation=0.7, loss_chunk=4)[0])(tiny_params)
+    theirs = jax.grad(lambda p: 3 * formula(p))(tiny_params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), ours, theirs)

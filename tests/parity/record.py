@@ -26,7 +26,9 @@ def record(variant: str) -> None:
     logits, states = run_llama(model, tokens)
     greedy = model.generate(torch.as_tensor(tokens[:, :16]), max_new_tokens=24, do_sample=False)[0, 16:].numpy()
     # The last positions suffice: they depend on all before them.
-    np.savez_compressed(folder / "expected.npz", tokens=tokens, logits=logits[:, -4:], states=states[:, :, -4:], greedy=greedy)
+    np.savez_compressed(
+        folder / "expected.npz", tokens=tokens, logits=logits[:, -4:], states=states[:, :, -4:], greedy=greedy
+    )
     if variant == "llama31":  # one of them as transformers 4 spelled it
         path = folder / "config.json"
         config = json.loads(path.read_text())

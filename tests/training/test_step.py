@@ -10,6 +10,7 @@ import pytest
 
 from lsjax.config import MeshConfig
 from lsjax.data.batch import Batch
+from lsjax.errors import UserError
 from lsjax.scale.sharding import make_mesh
 from lsjax.training.optimizer import learning_rate_schedule, make_optimizer
 from lsjax.training.step import init_state, make_train_step, recipe_at, state_shardings, train_step
@@ -152,3 +153,27 @@ def test_the_state_is_split_and_donated(tiny_run):
     matrices = [a for a in jax.tree.leaves(state) if a.ndim > 1 and a.shape[-1] > 1 and a.shape != (4, 32)]
     assert all(a.sharding.num_devices == 8 and a.addressable_shards[0].data.size == a.size // 8 for a in matrices)
     assert compiled.memory_analysis().alias_size_in_bytes >= per_device
+
+
+def test_frozen_parameters_stay_and_have_no_moments(tiny_run):
+    config = replace(tiny_run, training={"frozen": "embed, layers/attention", "weight_decay": 0.5})
+    before = jax.device_get(init_state(config).params)
+    state, _, _ = run_steps(config, MeshConfig(fsdp=2, tensor=2), steps=2)
+    moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != b)), state.params, before)
+    assert not moved["embed"]
+    assert not any(jax.tree.leaves(moved["layers"]["attention"]))
+    assert all(jax.tree.leaves(moved["layers"]["feed_forward"]))
+    assert moved["final_norm"]["scale"]
+    moments = [leaf.shape for leaf in jax.tree.leaves(state.optimizer)]
+    assert before["embed"].shape not in moments
+    assert moments.count(before["layers"]["feed_forward"]["down"].shape) == 2
+    for frozen, message in (("embedd", "'embedd' is no parameter"), ("embed,layers,final_norm", "nothing to train")):
+        with pytest.raises(UserError, match=message):
+            init_state(replace(config, training={"frozen": frozen}))
+
+
+def test_only_exits_from_the_first_on_are_trained(tiny_run):
+    config = replace(tiny_run, layerskip={"exit_first": 3, "exit_curriculum": "all"})
+    assert recipe_at(0, config).exit_active.tolist() == [False, False, True, True]
+    config = replace(tiny_run, layerskip={"exit_first": 3, "exit_rotation": 4})
+    assert [recipe_at(t, config).exit_active.tolist().index(True) for t in range(4)] == [3, 3, 2, 3]
