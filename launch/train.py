@@ -6,6 +6,9 @@ Any key of the configuration can be set on the command line:
 
   python launch/train.py --config=configs/demo.py --workdir=runs/wide --config.model.width=512
 
+On several hosts, the same command on each (one that all can write holds the workdir): --distributed where SLURM,
+Kubernetes or Cloud TPU says who they are, else --coordinator, --num_processes and --process_id.
+
 The same command resumes from the latest checkpoint in the workdir; Ctrl-C saves first. The workdir then holds
 checkpoints/, metrics.jsonl, evaluations.jsonl, tensorboard/, config.json and tokenizer.json, and is what
 launch/decode.py --model= takes.
@@ -20,11 +23,19 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/demo.py.", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; created, or resumed from.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts that SLURM, Kubernetes or Cloud TPU names.")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to join the other processes by hand.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
     config = commands.read_config(CONFIG)
+    if DISTRIBUTED.value or COORDINATOR.value:
+        from lsjax.scale import hosts
+
+        hosts.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
 
     from lsjax.training.loop import train
 

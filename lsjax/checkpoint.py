@@ -13,7 +13,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from lsjax.config import CheckpointConfig
-from lsjax.errors import UserError
+from lsjax.errors import HostLost, UserError
 from lsjax.files import make_folder
 from lsjax.model.transformer import Params
 from lsjax.training.step import TrainState
@@ -55,9 +55,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        """Waits until everything is on disk."""
-        self._checkpointer.close()
+    def __exit__(self, kind: type | None, *_) -> None:
+        """Waits until everything is on disk, unless a host that would take part is gone."""
+        if kind is None or not issubclass(kind, HostLost):
+            self._checkpointer.close()
 
 
 def load_params(workdir: Path, abstract: Params) -> tuple[int, Params]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from lsjax.config import Config
-from lsjax.errors import UserError
+from lsjax.errors import HostLost, UserError
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -25,9 +25,13 @@ def _last_line(error: Exception) -> str:
 
 
 def fail(message: object) -> None:
-    name = os.path.basename(sys.argv[0])
-    print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)
+    _print_error(message)
     sys.exit(2)
+
+
+def _print_error(message: object) -> None:
+    name = os.path.basename(sys.argv[0])
+    print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def read_config(flag: flags.FlagHolder) -> Config:
@@ -42,6 +46,10 @@ def read_config(flag: flags.FlagHolder) -> Config:
 def _guarded(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
+    except HostLost as error:
+        _print_error(error)
+        sys.stdout.flush()
+        os._exit(2)  # an orderly end would wait for the host that is gone
     except UserError as error:
         fail(error)
     except BrokenPipeError:  # the reader of our output went away

@@ -171,6 +171,14 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(Config().to_dict()).lock()
 
 
+def first_difference(a: Any, b: Any, path: str) -> tuple[str, Any, Any] | None:
+    """(path, value in a, value in b) of the first key in which two trees of sections differ."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return None if a == b else (path, a, b)
+    differences = (first_difference(a.get(key), b.get(key), f"{path}.{key}") for key in {**b, **a})
+    return next((difference for difference in differences if difference), None)
+
+
 def _build(cls: type, tree: Any, path: str):
     if not isinstance(tree, dict):
         raise UserError(f"{path} must be a section of keys, got {tree!r}")

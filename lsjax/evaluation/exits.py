@@ -12,6 +12,7 @@ from lsjax.config import ModelConfig
 from lsjax.data.batch import Batch
 from lsjax.layerskip.loss import split_tokens
 from lsjax.model.transformer import Params, exit_logits, scan_layers
+from lsjax.scale.sharding import constrain
 
 
 class ExitProfile(NamedTuple):
@@ -78,4 +79,5 @@ def evaluate_batch(params: Params, batch: Batch, config: ModelConfig, exit_layer
     )
     loss, right, predicted = jax.tree.map(lambda a: a[index], results)
     agree = jnp.sum((predicted == predicted[-1]) * weights, axis=(1, 2, 3))
-    return loss, right, agree, jnp.sum(weights)
+    # Whole on every device, so that every host can read them.
+    return tuple(constrain(total) for total in (loss, right, agree, jnp.sum(weights)))

@@ -5,24 +5,27 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lsjax.checkpoint import Checkpoints, abstract_arrays
 from lsjax.config import Config
 from lsjax.data.batch import Batch
 from lsjax.data.packing import prepare
 from lsjax.data.pipeline import held_out_batches, training_batches
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.errors import UserError
 from lsjax.evaluation.exits import ExitProfile, exit_profile
 from lsjax.interop.source import ModelSource
 from lsjax.loading import open_model
 from lsjax.model.transformer import count_params
+from lsjax.scale import hosts
 from lsjax.scale.sharding import batch_sharding, check_batch, make_mesh
 from lsjax.training import workdir as workdirs
-from lsjax.training.metrics import RunLog, active_exit_losses, describe_evaluation, describe_step
+from lsjax.training.metrics import NoLog, RunLog, active_exit_losses, describe_evaluation, describe_step
 from lsjax.training.optimizer import make_optimizer
 from lsjax.training.progress import ProgressDisplay
 from lsjax.training.step import StepMetrics, TrainState, init_state, make_train_step, state_shardings
@@ -42,36 +45,48 @@ def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> Train
     Interrupted by SIGINT or SIGTERM it saves where it is and returns. Raises UserError on bad input, and when a
     loss or gradient is not finite (the last good checkpoint stays).
     """
-    # ---- Where: the workdir is this run's alone, the mesh fits the devices.
+    # ---- Where: the workdir is this run's alone, the mesh fits the devices, all hosts want the same.
     workdir = Path(workdir)
+    hosts.check_same(config.to_dict(), "config")
     mesh = make_mesh(config.mesh)
     check_batch(config.training.batch_size // config.training.gradient_accumulation, mesh, "a microbatch")
-    workdirs.check_free(workdir, config)
+    hosts.leader_first(lambda: workdirs.check_free(workdir, config))
     shardings = state_shardings(config, mesh)
 
     # ---- What: packed text, made once.
+    verbose = verbose and hosts.is_leader()
     say = print if verbose else lambda _: None
     directory = workdirs.data_directory(workdir, config)
-    initial = open_initial_model(config)
-    tokenizer, _ = prepare(config, directory, say, initial and initial.tokenizer)
-    workdirs.claim(workdir, config, tokenizer)
+    initial, tokenizer = hosts.leader_first(lambda: _open_inputs(config, directory, say))
+    hosts.leader_first(lambda: hosts.is_leader() and workdirs.claim(workdir, config, tokenizer))
 
     # ---- From: the latest checkpoint, the initial model, or random parameters born in their shards.
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
         state = _first_state(config, shardings, checkpoints, initial)
         first_step = int(state.step)
         start = f"resuming at step {first_step}" if first_step else f"starting from {config.initial_model or 'random'}"
-        say(f"{start}: {count_params(config.model):,} parameters on {mesh.size} {jax.default_backend()} device(s)")
+        say(f"{start}: {count_params(config.model):,} parameters on {describe_devices(mesh)}")
 
         # ---- Go.
-        log = RunLog(workdir, first_step)
+        log = RunLog(workdir, first_step) if hosts.is_leader() else NoLog()
         display = ProgressDisplay(first_step, config.training.total_steps, verbose)
         try:
-            run = _Run(config, mesh, directory, checkpoints, log, display)
-            return run.until_done(state, first_step)
+            with hosts.losses_named():
+                run = _Run(config, mesh, directory, checkpoints, log, display)
+                return run.until_done(state, first_step)
         finally:
             display.close()
             log.close()
+
+
+def _open_inputs(config: Config, directory: Path, say) -> tuple[ModelSource | None, Tokenizer]:
+    initial = open_initial_model(config)
+    return initial, prepare(config, directory, say, initial and initial.tokenizer)[0]
+
+
+def describe_devices(mesh: Mesh) -> str:
+    hosts_text = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+    return f"{mesh.size} {jax.default_backend()} device(s){hosts_text}"
 
 
 def open_initial_model(config: Config) -> ModelSource | None:
@@ -115,18 +130,20 @@ class _Run:
     def until_done(self, state: TrainState, first_step: int) -> TrainResult:
         t, sharding = self.config.training, batch_sharding(self.mesh)
         train_step = make_train_step(self.config, self.mesh)
-        batches = training_batches(self.directory, t.batch_size, t.sequence_length, t.seed, first_batch=first_step)
-        pending: tuple[int, StepMetrics] | None = None
+        share = dict(zip(("host", "num_hosts"), hosts.batch_share(sharding, t.batch_size), strict=True))
+        batches = training_batches(
+            self.directory, t.batch_size, t.sequence_length, t.seed, first_batch=first_step, **share
+        )
+        stop_vote = hosts.StopVote(self.mesh)
+        pending: tuple[int, StepMetrics, Any] | None = None
         self.clock = (time.monotonic(), first_step)
         step = first_step
         with _stop_on_signal() as stop_requested:
             for step in range(first_step + 1, t.total_steps + 1):
                 # Step n is dispatched before the metrics of n-1 are fetched: the device never waits for us.
                 state, metrics = train_step(state, put_batch(next(batches), sharding))
-                if pending:
-                    self._finish_step(*pending)
-                pending = (step, metrics)
-                stopping = stop_requested()
+                stopping = self._finish_step(*pending) if pending else False
+                pending = (step, metrics, stop_vote.cast(stop_requested()))
                 evaluating = step == t.total_steps or step % self.config.evaluation.every_steps == 0
                 saving = step == t.total_steps or step % self.config.checkpoint.every_steps == 0 or stopping
                 if evaluating or saving:
@@ -146,13 +163,17 @@ class _Run:
         # A run that was complete before has logged its evaluation already.
         return TrainResult(step, state.params, self.profile or self._evaluate(state))
 
-    def _finish_step(self, step: int, metrics: StepMetrics) -> None:
-        """Waits for a step's metrics, refuses what is not finite, and logs it when its turn has come."""
-        metrics = jax.device_get(metrics)
+    def _finish_step(self, step: int, metrics: StepMetrics, vote: Any) -> bool:
+        """Waits for a step's metrics, refuses what is not finite, and logs it when its turn has come. Returns whether
+        any host wants to stop."""
+        metrics, stopping = jax.device_get((metrics, vote))
         _check_finite(step, metrics)
         self.display.observe(active_exit_losses(metrics))
-        if step % self.config.training.log_every_steps and step != self.config.training.total_steps and step != 1:
-            return
+        if step % self.config.training.log_every_steps == 0 or step in (1, self.config.training.total_steps):
+            self._log_step(step, metrics)
+        return bool(stopping)
+
+    def _log_step(self, step: int, metrics: StepMetrics) -> None:
         now, (then, previous) = time.monotonic(), self.clock
         tokens = (step - previous) * self.config.training.batch_size * self.config.training.sequence_length
         self.clock = (now, step)
@@ -163,7 +184,9 @@ class _Run:
     def _evaluate(self, state: TrainState) -> ExitProfile:
         began = time.monotonic()
         t, sharding = self.config.training, batch_sharding(self.mesh)
-        batches = held_out_batches(self.directory, t.batch_size, t.sequence_length, self.config.evaluation.max_batches)
+        share = hosts.batch_share(sharding, t.batch_size)
+        most = self.config.evaluation.max_batches
+        batches = held_out_batches(self.directory, t.batch_size, t.sequence_length, most, *share)
         put = (put_batch(batch, sharding) for batch in batches)
         self.profile = exit_profile(state.params, put, self.config.model, self.config.evaluation.exit_stride)
         then, previous = self.clock

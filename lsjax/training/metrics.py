@@ -68,6 +68,16 @@ class RunLog:
             part.close()
 
 
+class NoLog:
+    """Of every host but the leader."""
+
+    def write_step(self, record: dict[str, Any]) -> None: ...
+
+    def write_evaluation(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class _JsonLines:
     def __init__(self, path: Path, last_step: int):
         try:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from lsjax.config import Config, ModelConfig
+from lsjax.config import Config, ModelConfig, first_difference
 from lsjax.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from lsjax.errors import UserError
 from lsjax.files import make_folder, read_json, write_atomically
@@ -22,9 +22,13 @@ def check_free(workdir: Path, config: Config) -> None:
     if path.exists():
         if not is_run(workdir):
             raise UserError(f"{workdir} holds a model, not a run: start from it with config.initial_model={workdir}")
-        difference = _first_difference(read_config(workdir).to_dict(), config.to_dict())
-        if difference:
-            raise UserError(f"{workdir} holds another run: {difference}; use another --workdir or the same config")
+        fixed = lambda c: {key: value for key, value in c.to_dict().items() if key not in _FREE_SECTIONS}  # noqa: E731
+        if difference := first_difference(fixed(read_config(workdir)), fixed(config), "config"):
+            name, old, new = difference
+            raise UserError(
+                f"{workdir} holds another run: {name} was {old!r} there and is {new!r} now; use another --workdir or "
+                "the same config"
+            )
 
 
 def claim(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
@@ -76,17 +80,3 @@ def _parse(path: Path, tree: dict) -> Config:
 
 def data_directory(workdir: Path, config: Config) -> Path:
     return Path(config.data.directory) if config.data.directory else Path(workdir) / DATA
-
-
-def _first_difference(old: dict, new: dict, path: str = "config") -> str | None:
-    for key in new:
-        name = f"{path}.{key}"
-        if path == "config" and key in _FREE_SECTIONS:
-            continue
-        if isinstance(new[key], dict):
-            difference = _first_difference(old.get(key, {}), new[key], name)
-            if difference:
-                return difference
-        elif old.get(key) != new[key]:
-            return f"{name} was {old.get(key)!r} there and is {new[key]!r} now"
-    return None

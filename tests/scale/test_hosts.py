@@ -1,0 +1,154 @@
+"""Several real processes as one run, on CPU with gloo: the command that a pod runs."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lsjax
+
+ROOT = Path(__file__).parent.parent.parent
+DEVICES = 8
+
+CONFIG = """
+from lsjax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.model.update(num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_width=8, feed_forward_width=48)
+    config.model.update(vocab_size=320, context_length=128)
+    config.layerskip.exit_rotation = 3
+    config.data.update(corpus="{corpus}", held_out_fraction=0.2)
+    config.training.update(total_steps=20, batch_size=8, sequence_length=32, warmup_steps=2, log_every_steps=1)
+    config.training.loss_chunk = 64
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    config.checkpoint.every_steps = 5
+    config.evaluation.update(every_steps=10, max_batches=2)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config(text_folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(CONFIG.format(corpus=text_folder))
+    return path
+
+
+def start(config: Path, workdir: Path, processes: int, *flags, own_flags=None) -> list[subprocess.Popen]:
+    """launch/train.py as `processes` processes with DEVICES devices between them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    together = [f"--coordinator=localhost:{port}", f"--num_processes={processes}"] if processes > 1 else []
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
+    started = []
+    for rank in range(processes):
+        command = [sys.executable, ROOT / "launch" / "train.py", f"--config={config}", f"--workdir={workdir}", *flags]
+        command += [*together, *([f"--process_id={rank}"] if together else []), *((own_flags or {}).get(rank, []))]
+        started.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    return started
+
+
+def finish(processes: list[subprocess.Popen], timeout=300) -> list[tuple[int, str, str]]:
+    """(exit status, standard output, standard error) of each; none is left running."""
+    deadline = time.monotonic() + timeout
+    try:
+        results = []
+        for process in processes:
+            out, err = process.communicate(timeout=max(1, deadline - time.monotonic()))
+            results.append((process.returncode, out, err))
+        return results
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def records(workdir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: line[key] for key in ("step", "loss", "final_loss", "exit_losses", "gradient_norm")} for line in lines
+    ]
+
+
+def assert_same_run(ours: list[dict], theirs: list[dict]) -> None:
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["exit_losses"].keys() == b["exit_losses"].keys()
+        np.testing.assert_allclose(list(a["exit_losses"].values()), list(b["exit_losses"].values()), rtol=1e-4)
+        np.testing.assert_allclose((a["loss"], a["gradient_norm"]), (b["loss"], b["gradient_norm"]), rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    """The whole run in one process."""
+    workdir = tmp_path_factory.mktemp("alone")
+    ((status, _, err),) = finish(start(config, workdir, 1))
+    assert status == 0, err
+    return records(workdir)
+
+
+def wait_for_checkpoint(workdir: Path, step: int, processes, timeout=180) -> None:
+    deadline = time.monotonic() + timeout
+    while not (workdir / "checkpoints" / str(step)).is_dir():
+        assert time.monotonic() < deadline, [p.communicate()[1] for p in processes if p.poll() is not None]
+        assert all(p.poll() is None for p in processes), [p.communicate()[1] for p in processes if p.poll() is not None]
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_are_one_run(config, alone, processes, tmp_path):
+    results = finish(start(config, tmp_path, processes))
+    assert [status for status, *_ in results] == [0] * processes, results[0][2]
+    assert_same_run(records(tmp_path), alone)
+    assert f"on {DEVICES} cpu device(s) on {processes} hosts" in results[0][1]
+    assert not any(out for _, out, _ in results[1:])  # one host speaks
+    assert lsjax.load(tmp_path).step == 20
+
+
+LONG = "--config.training.total_steps=2000"
+
+
+def test_a_killed_rank_stops_the_others_and_fewer_hosts_go_on(config, alone, tmp_path):
+    """SIGKILL: the others say so and end; one process with all devices then continues where the checkpoint is."""
+    processes = start(config, tmp_path, 2)
+    wait_for_checkpoint(tmp_path, 5, processes)
+    processes[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    (status, _, err), _ = finish(processes, timeout=120)
+    assert status != 0
+    assert time.monotonic() - began < 100
+    assert "another host" in err
+    ((status, out, err),) = finish(start(config, tmp_path, 1))
+    assert status == 0, err
+    assert "resuming at step" in out
+    assert_same_run(records(tmp_path), alone)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, tmp_path):
+    processes = start(config, tmp_path, 2, LONG)
+    wait_for_checkpoint(tmp_path, 5, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    results = finish(processes)
+    assert [status for status, *_ in results] == [0, 0], results
+    assert "interrupted: saved at step" in results[0][1]
+    saved = lsjax.load(tmp_path).step
+    assert f"saved at step {saved};" in results[0][1]
+    assert records(tmp_path)[-1]["step"] == saved < 2000
+
+
+def test_hosts_that_disagree_are_named(config, tmp_path):
+    results = finish(start(config, tmp_path, 2, own_flags={1: ["--config.training.learning_rate=0.5"]}))
+    for status, _, err in results:
+        assert status == 2
+        assert "hosts disagree: config.training.learning_rate is 0.001 on host 0, 0.5 on 1" in err
+    assert not (tmp_path / "config.json").exists()
