@@ -13,7 +13,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from lsjax.config import CheckpointConfig
-from lsjax.errors import HostLost, UserError
+from lsjax.errors import HostLostError, UserError
 from lsjax.files import make_folder
 from lsjax.model.transformer import Params
 from lsjax.training.step import TrainState
@@ -57,7 +57,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *_) -> None:
         """Waits until everything is on disk, unless a host that would take part is gone."""
-        if kind is None or not issubclass(kind, HostLost):
+        if kind is None or not issubclass(kind, HostLostError):
             self._checkpointer.close()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from lsjax.config import Config
-from lsjax.errors import HostLost, UserError
+from lsjax.errors import HostLostError, UserError
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -46,7 +46,7 @@ def read_config(flag: flags.FlagHolder) -> Config:
 def _guarded(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
-    except HostLost as error:
+    except HostLostError as error:
         _print_error(error)
         sys.stdout.flush()
         os._exit(2)  # an orderly end would wait for the host that is gone

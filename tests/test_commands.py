@@ -10,6 +10,7 @@ import pytest
 from lsjax.training.loop import train
 
 ROOT = Path(__file__).parent.parent
+RECORDED = ROOT / "tests" / "interop" / "recorded"
 
 
 def run(command, *arguments, timeout=120):
@@ -86,7 +87,10 @@ BAD_DECODING = {
     "strategy": (["--model={run}", "--strategies=magic"], "magic"),
     "report folder": (["--model={run}", "--report={tmp}/no/report.json"], "folder does not exist"),
     "report over a folder": (["--model={run}", "--report={tmp}"], "it is a folder"),
-    "model is a file": (["--model={tmp}/null.jsonl"], "not a training workdir"),
+    "model is a file": (["--model={tmp}/null.jsonl"], "is a file, but not GGUF"),
+    "a model without held-out text": (["--model={hf}"], "give --prompt or --prompts"),
+    "chat without a template": (["--model={hf}", "--chat", "--prompt=hi"], "no chat template"),
+    "chat without a prompt": (["--model={run}", "--chat"], "--chat needs --prompt"),
     "prompts without a prompt": (["--model={run}", "--prompts={tmp}/null.jsonl"], "must be a non-empty text"),
     "not a number": (["--model={run}", "--exit_layer=two"], "--exit_layer"),
 }
@@ -96,7 +100,7 @@ BAD_DECODING = {
 def test_bad_decoding_input(name, tmp_path, workdir):
     arguments, message = BAD_DECODING[name]
     (tmp_path / "null.jsonl").write_text('{"prompt": null}\n')
-    result = run("decode.py", *(a.format(tmp=tmp_path, run=workdir) for a in arguments))
+    result = run("decode.py", *(a.format(tmp=tmp_path, run=workdir, hf=RECORDED / "llama32") for a in arguments))
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
@@ -144,7 +148,40 @@ def test_train_runs_and_resumes(text_folder, tmp_path):
     assert "resuming at step 4" in run("train.py", *overrides).stdout
 
 
-@pytest.mark.parametrize("command", ["train.py", "decode.py", "demo.py"])
+def test_convert_and_decode_the_result(workdir, tmp_path):
+    for source, target, form in ((workdir, "hf", "huggingface"), (tmp_path / "hf", "again", "lsjax")):
+        result = run("convert.py", f"--from={source}", f"--to={tmp_path / target}", f"--format={form}")
+        assert result.returncode == 0, result.stderr
+        assert "float32" in result.stdout
+    texts = []
+    for model in (workdir, tmp_path / "hf", tmp_path / "again"):
+        result = run("decode.py", f"--model={model}", "--prompt=import os", "--max_new_tokens=8", "--repeats=1")
+        assert result.returncode == 0, result.stderr
+        texts.append(result.stdout.split("--- autoregressive")[1])
+    assert texts[0] == texts[1] == texts[2]
+
+
+BAD_CONVERSION = {
+    "no source": (["--from={tmp}/nope", "--to={tmp}/out"], "does not exist"),
+    "a folder that is full": (["--from={hf}", "--to={full}"], "exists and holds something"),
+    "an unknown format": (["--from={hf}", "--to={tmp}/out", "--format=onnx"], "--format"),
+    "a folder without a model": (["--from={tmp}", "--to={tmp}/out"], "no model at"),
+    "an unwritable place": (["--from={hf}", "--to=/proc/nope/out"], "cannot write"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONVERSION)
+def test_bad_conversion_input(name, tmp_path):
+    arguments, message = BAD_CONVERSION[name]
+    places = {"tmp": tmp_path, "full": ROOT / "tests", "hf": RECORDED / "llama32"}
+    result = run("convert.py", *(a.format(**places) for a in arguments))
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train.py", "decode.py", "convert.py", "demo.py", "demo_pretrained.py"])
 def test_help_teaches(command):
     result = run(command, "--help")
     assert f"python launch/{command} --" in result.stdout

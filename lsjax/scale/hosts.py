@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lsjax.config import first_difference
-from lsjax.errors import HostLost, UserError
+from lsjax.errors import HostLostError, UserError
 
 T = TypeVar("T")
 
@@ -35,14 +35,14 @@ def join(coordinator: str = "", num_processes: int | None = None, process_id: in
 
 @contextlib.contextmanager
 def losses_named() -> Iterator[None]:
-    """Turns the failure of a computation over several hosts into HostLost."""
+    """Turns the failure of a computation over several hosts into HostLostError."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
-        raise HostLost(
+        raise HostLostError(
             f"another host is gone, or failed ({reason}); start the same command again, on as many hosts as there are: "
             "it resumes from the latest checkpoint"
         ) from error
