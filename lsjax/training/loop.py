@@ -23,6 +23,7 @@ from lsjax.interop.source import ModelSource
 from lsjax.loading import open_model
 from lsjax.model.transformer import count_params
 from lsjax.scale import hosts
+from lsjax.scale.flops import peak_flops, utilization
 from lsjax.scale.sharding import batch_sharding, check_batch, make_mesh
 from lsjax.training import workdir as workdirs
 from lsjax.training.metrics import NoLog, RunLog, active_exit_losses, describe_evaluation, describe_step
@@ -177,7 +178,8 @@ class _Run:
         now, (then, previous) = time.monotonic(), self.clock
         tokens = (step - previous) * self.config.training.batch_size * self.config.training.sequence_length
         self.clock = (now, step)
-        record = describe_step(step, metrics, tokens / max(now - then, 1e-9))
+        speed = tokens / max(now - then, 1e-9)
+        record = describe_step(step, metrics, speed) | describe_speed(self.config, speed, self.mesh)
         self.log.write_step(record)
         self.display.update(record)
 
@@ -196,6 +198,13 @@ class _Run:
     def _log_evaluation(self, step: int, profile: ExitProfile) -> None:
         self.log.write_evaluation(describe_evaluation(step, profile))
         self.display.note(_evaluation_line(step, profile))
+
+
+def describe_speed(config: Config, tokens_per_second: float, mesh: Mesh) -> dict[str, float]:
+    """For each device, and where its peak is known (lsjax/scale/flops.py), model FLOPs utilisation."""
+    peak = peak_flops(mesh.devices.flat[0])
+    speed = {"tokens_per_second_per_device": round(tokens_per_second / mesh.size, 1)}
+    return speed | (utilization(config, tokens_per_second, mesh.size, peak) if peak else {})
 
 
 def put_batch(batch: Batch, sharding) -> Batch:

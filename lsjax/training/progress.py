@@ -31,6 +31,8 @@ class ProgressDisplay:
         step = record["step"]
         text = f"loss {record['final_loss']:.3f}{self._exit_text()}"
         text += f"  {record['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in record:
+            text += f"  MFU {record['mfu']:.1%}"
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)
         else:

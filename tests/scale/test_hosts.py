@@ -115,6 +115,25 @@ def test_several_processes_are_one_run(config, alone, processes, tmp_path):
     assert lsjax.load(tmp_path).step == 20
 
 
+def test_slurm_says_who_is_who(config, alone, tmp_path):
+    """--distributed with the variables that srun sets: JAX finds coordinator, count and rank in them."""
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    ranks = [slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    command = [sys.executable, ROOT / "launch" / "train.py", f"--config={config}", f"--workdir={tmp_path}"]
+    here = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // 2)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    results = finish([subprocess.Popen([*command, "--distributed"], env=here | rank, **pipes) for rank in ranks])
+    assert [status for status, *_ in results] == [0, 0], results[0][2]
+    assert_same_run(records(tmp_path), alone)
+
+
+def test_without_any_cluster_the_flags_are_named(config, tmp_path):
+    command = [sys.executable, ROOT / "launch" / "train.py", f"--config={config}", f"--workdir={tmp_path}"]
+    done = subprocess.run([*command, "--distributed"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "--coordinator, --num_processes and --process_id" in done.stderr
+
+
 LONG = "--config.training.total_steps=2000"
 
 
