@@ -5,7 +5,7 @@
 
 transformers loads a Hugging Face folder as any Llama, with assistant_early_exit too. An lsjax folder is what --model
 and config.initial_model take (they take Hugging Face folders and GGUF files as well). Weights keep their bits unless
---dtype says otherwise.
+--dtype says otherwise; those of a GGUF file are expanded to float32 first.
 """
 
 from absl import flags

@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lsjax import commands
+from lsjax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/demo.py.", lock_config=True
@@ -32,6 +33,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     config = commands.read_config(CONFIG)
+    if not COORDINATOR.value and (NUM_PROCESSES.value, PROCESS_ID.value) != (None, None):
+        raise UserError("--num_processes and --process_id go with --coordinator=HOST:PORT")
     if DISTRIBUTED.value or COORDINATOR.value:
         from lsjax.scale import hosts
 

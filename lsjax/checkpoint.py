@@ -4,7 +4,8 @@ Everything else a run needs to go on follows from the step number: schedules, ma
 of it. A checkpoint appears whole or not at all, so a killed process leaves the one before.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from lsjax.config import CheckpointConfig
-from lsjax.errors import HostLostError, UserError
+from lsjax.errors import UserError
 from lsjax.files import make_folder
 from lsjax.model.transformer import Params
 from lsjax.training.step import TrainState
@@ -34,13 +35,13 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return _steps(self._folder)[-1] if _steps(self._folder) else None
 
     def save(self, state: TrainState) -> None:
         """Copies the state off the device and returns; writing goes on behind. The step must be a new one."""
         rest = {"optimizer": state.optimizer, "step": state.step}
-        self._checkpointer.save_checkpointables_async(int(state.step), {"params": state.params, "training": rest})
+        with _writing(self._folder):
+            self._checkpointer.save_checkpointables_async(int(state.step), {"params": state.params, "training": rest})
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The latest checkpoint, each array laid out as `abstract` says (any mesh, whichever it was saved from)."""
@@ -56,9 +57,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        """Waits until everything is on disk, unless a host that would take part is gone."""
-        if kind is None or not issubclass(kind, HostLostError):
-            self._checkpointer.close()
+        """Waits until everything is on disk; not after an error among several hosts, where one may be gone."""
+        if kind is None or jax.process_count() == 1:
+            with _writing(self._folder):
+                self._checkpointer.close()
 
 
 def load_params(workdir: Path, abstract: Params) -> tuple[int, Params]:
@@ -74,7 +76,7 @@ def stored_dtypes(workdir: Path) -> Params:
 
 def latest_step(workdir: Path) -> int:
     """Raises UserError when there is no checkpoint."""
-    return _read_latest(workdir, lambda reader, step: None)[0]
+    return _latest(workdir)[1]
 
 
 def save_model(folder: Path, params: Params) -> None:
@@ -84,17 +86,39 @@ def save_model(folder: Path, params: Params) -> None:
 
 
 def _read_latest(workdir: Path, read: Callable[[ocp.training.Checkpointer, int], Any]) -> tuple[int, Any]:
-    folder = Path(workdir).absolute() / FOLDER
-    if not folder.is_dir():
-        raise UserError(f"{workdir} has no checkpoint yet: {folder} does not exist")
+    folder, step = _latest(workdir)
     with ocp.training.Checkpointer(folder) as checkpointer:
-        if checkpointer.latest is None:
-            raise UserError(f"{workdir} has no checkpoint yet: {folder} is empty")
-        step = checkpointer.latest.step
         try:
             return step, read(checkpointer, step)
         except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
             raise unreadable(folder, step, error) from error
+
+
+def _latest(workdir: Path) -> tuple[Path, int]:
+    """Found by name: Orbax, to look, would wait for all hosts."""
+    folder = Path(workdir).absolute() / FOLDER
+    if not folder.is_dir():
+        raise UserError(f"{workdir} has no checkpoint yet: {folder} does not exist")
+    if not _steps(folder):
+        raise UserError(f"{workdir} has no checkpoint yet: {folder} is empty")
+    return folder, _steps(folder)[-1]
+
+
+def _steps(folder: Path) -> list[int]:
+    """Of the finished checkpoints: one that is being written has another name."""
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A full disk comes as any of several errors, at the next save or at the end."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(f"cannot write a checkpoint in {folder}: {reason}") from error
 
 
 def unreadable(folder: Path, step: int, error: Exception) -> UserError:

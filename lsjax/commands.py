@@ -3,12 +3,13 @@
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
 from lsjax.config import Config
-from lsjax.errors import HostLostError, UserError
+from lsjax.errors import UserError
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -46,14 +47,21 @@ def read_config(flag: flags.FlagHolder) -> Config:
 def _guarded(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
-    except HostLostError as error:
-        _print_error(error)
-        sys.stdout.flush()
-        os._exit(2)  # an orderly end would wait for the host that is gone
     except UserError as error:
+        if _among_others():
+            _print_error(error)
+            sys.stdout.flush()
+            time.sleep(2)  # what all of them found, all of them say
+            os._exit(2)  # an orderly end would wait for hosts that are gone, or wait for us
         fail(error)
     except BrokenPipeError:  # the reader of our output went away
         os._exit(1)
+
+
+def _among_others() -> bool:
+    """Whether this process is one of several of a run; asked without starting JAX."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _parse(arguments: list[str]) -> list[str]:

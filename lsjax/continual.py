@@ -9,8 +9,7 @@ from lsjax.config import Config
 from lsjax.data.packing import prepare
 from lsjax.data.pipeline import held_out_batches
 from lsjax.decoding.generate import generate
-from lsjax.errors import UserError
-from lsjax.evaluation.exits import ExitProfile, exit_profile
+from lsjax.evaluation.exits import ExitProfile, evaluated_exits, exit_profile
 from lsjax.evaluation.figures import draw_comparison
 from lsjax.evaluation.tables import comparison_table, print_table
 from lsjax.files import read_json, write_atomically
@@ -38,7 +37,7 @@ def run_continual_demo(config: Config, workdir: str | Path) -> None:
     result = train(config, workdir)
     if result.profile is None:  # interrupted: the same command goes on
         return
-    _write_profile(workdir / "after.json", result.profile)
+    _write_profile(workdir / "after.json", result.profile, config.evaluation.max_batches)
     print_table(comparison_table({"before": before, "after": result.profile}))
     change = result.profile.loss[-1] / before.loss[-1] - 1
     print(f"last layer's held-out loss: {change:+.1%}")
@@ -55,22 +54,20 @@ def answer(model: Model, question: str, max_new_tokens: int = 48) -> str:
 
 def _profile_once(path: Path, model: Model, config: Config, workdir: Path) -> ExitProfile:
     """Of the initial model on the run's held-out text; it takes minutes, so a resumed run reads it back."""
-    if path.exists():
-        tree = read_json(path)
-        try:
-            return ExitProfile(*(np.array(tree[name]) for name in ExitProfile._fields))
-        except KeyError as error:
-            raise UserError(f"{path} lacks {error}; remove it to measure again") from None
+    exits = list(evaluated_exits(config.model.num_layers, config.evaluation.exit_stride))
+    tree = read_json(path) if path.exists() else {}
+    if tree.get("exit_layers") == exits and tree.get("max_batches") == config.evaluation.max_batches:
+        return ExitProfile(*(np.array(tree[name]) for name in ExitProfile._fields))
     directory = data_directory(workdir, config)
     prepare(config, directory, given=model.tokenizer)
     t, e = config.training, config.evaluation
     print(f"measuring exits of {config.initial_model} on held-out text ...", flush=True)
     batches = held_out_batches(directory, t.batch_size, t.sequence_length, e.max_batches)
     profile = exit_profile(model.params, batches, model.config, e.exit_stride)
-    _write_profile(path, profile)
+    _write_profile(path, profile, e.max_batches)
     return profile
 
 
-def _write_profile(path: Path, profile: ExitProfile) -> None:
+def _write_profile(path: Path, profile: ExitProfile, max_batches: int) -> None:
     tree = {name: np.asarray(values).tolist() for name, values in profile._asdict().items()}
-    write_atomically(path, json.dumps(tree))
+    write_atomically(path, json.dumps(tree | {"max_batches": max_batches}))

@@ -33,8 +33,10 @@ def convert(source: str | Path, target: str | Path, form: str, dtype: str = "sto
         _write(model, scratch, form)
         scratch.chmod(0o755)
         scratch.replace(target)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and Orbax have their own for a full disk
+        raise UserError(f"cannot write {target}: {str(error).strip() or type(error).__name__}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return model

@@ -15,9 +15,10 @@ from lsjax.errors import UserError
 def render_chat(template: Any, messages: Sequence[dict[str, str]], special_tokens: dict[str, Any]) -> str:
     """The text of a conversation up to where the model answers. Templates run sandboxed, with the functions that
     transformers gives them."""
-    if isinstance(template, list):  # several templates by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not template:
+    if isinstance(template, list):  # several templates, by name
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if not template or not isinstance(template, str):
         raise UserError("this model has no chat template; prompt it with plain text")
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -27,7 +28,7 @@ def render_chat(template: Any, messages: Sequence[dict[str, str]], special_token
     given = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
     try:
         return environment.from_string(template).render(**given, **special_tokens)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program: it may fail in any way
         raise UserError(f"the model's chat template does not take this conversation: {error}") from None
 
 

@@ -1,6 +1,7 @@
 """Packed records -> batches, with Grain: shuffled, endless, exactly resumable, the same on any number of hosts."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import grain
@@ -8,7 +9,6 @@ import numpy as np
 
 from lsjax.data.batch import Batch
 from lsjax.data.packing import record_path
-from lsjax.errors import UserError
 
 
 def training_batches(
@@ -18,23 +18,20 @@ def training_batches(
     seed: int,
     *,
     first_batch: int = 0,
-    host: int = 0,
-    num_hosts: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
-    """Endless batches from batch `first_batch` on: this host's rows, B/num_hosts sequences each.
+    """Endless batches from batch `first_batch` on: those of their B rows that this host holds (None: all).
 
     Row r of global batch t is record t*B + r of one shuffled stream, whichever host reads it. The step number
     is therefore the whole state of the pipeline, and a run resumes exactly on any number of hosts.
     """
-    if batch_size % num_hosts:
-        raise UserError(f"config.training.batch_size ({batch_size}) does not divide over {num_hosts} hosts")
     records = _records(directory, "train").shuffle(seed=seed).repeat()
-    rows = _HostRows(records, batch_size // num_hosts, host, num_hosts, first_batch)
-    return iter(_batched(rows, batch_size // num_hosts, sequence_length).to_iter_dataset(_READ_OPTIONS))
+    mine = _HostRows(records, batch_size, rows, first_batch)
+    return iter(_batched(mine, sequence_length).to_iter_dataset(_READ_OPTIONS))
 
 
 def held_out_batches(
-    directory: Path, batch_size: int, sequence_length: int, max_batches: int, host: int = 0, num_hosts: int = 1
+    directory: Path, batch_size: int, sequence_length: int, max_batches: int, rows: Sequence[int] | None = None
 ) -> list[Batch]:
     """Held-out sequences spread evenly over the files, always the same, in whole batches (at least one: rows
     repeat if they must). `max_batches` 0 means all."""
@@ -43,8 +40,7 @@ def held_out_batches(
     batches = min(batches, max_batches) if max_batches else batches
     stride = max(1, len(records) // (batches * batch_size))
     records = records[::stride] if len(records) >= batch_size else records.repeat()
-    rows = _HostRows(records[: batches * batch_size], batch_size // num_hosts, host, num_hosts)
-    return list(_batched(rows, batch_size // num_hosts, sequence_length))
+    return list(_batched(_HostRows(records[: batches * batch_size], batch_size, rows), sequence_length))
 
 
 # Records are small and in the page cache: a few threads keep ahead of any step without crowding the compute.
@@ -52,30 +48,32 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
 class _HostRows(grain.MapDataset):
-    """This host's contiguous block of rows of every global batch."""
+    """This host's rows of every global batch."""
 
-    def __init__(self, parent: grain.MapDataset, rows: int, host: int, num_hosts: int, first_batch: int = 0):
+    def __init__(
+        self, parent: grain.MapDataset, batch_size: int, rows: Sequence[int] | None = None, first_batch: int = 0
+    ):
         super().__init__(parent)
-        self._rows, self._host, self._num_hosts, self._first_batch = rows, host, num_hosts, first_batch
+        self.rows = [int(row) for row in (range(batch_size) if rows is None else rows)]
+        self._batch_size, self._first_batch = batch_size, first_batch
 
     def __len__(self) -> int:
-        return len(self._parent) // self._num_hosts
+        return len(self._parent) // self._batch_size * len(self.rows)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        batch, row = divmod(index, self._rows)
-        batch += self._first_batch
-        return self._parent[(batch * self._num_hosts + self._host) * self._rows + row]
+        batch, row = divmod(index, len(self.rows))
+        return self._parent[(batch + self._first_batch) * self._batch_size + self.rows[row]]
 
 
 def _records(directory: Path, split: str) -> grain.MapDataset:
     return grain.MapDataset.source(grain.sources.ArrayRecordDataSource(str(record_path(directory, split))))
 
 
-def _batched(rows: grain.MapDataset, batch_size: int, sequence_length: int) -> grain.MapDataset:
-    return rows.map(functools.partial(unpack, sequence_length=sequence_length)).batch(
-        batch_size, drop_remainder=True, batch_fn=_stack
+def _batched(mine: _HostRows, sequence_length: int) -> grain.MapDataset:
+    return mine.map(functools.partial(unpack, sequence_length=sequence_length)).batch(
+        len(mine.rows), drop_remainder=True, batch_fn=_stack
     )
 
 

@@ -4,8 +4,9 @@ A folder keeps one as Hugging Face does: tokenizer.json (vocabulary and rules), 
 tokens, chat template) and generation_config.json (which tokens stop).
 """
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,15 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, stop: Sequence[int], settings: dict[str, Any] | None = None):
         self.backend = backend
+        # A model's own limits on length belong to other uses; a document is encoded whole.
+        self.backend.no_truncation()
+        self.backend.no_padding()
         # Text is text: "<|end_of_text|>" written in a document or a prompt must not end anything.
         self.backend.encode_special_tokens = True
         self.begin = _begin(backend)
         self.stop = tuple(stop)
         self.settings = dict(settings or {})
-        self.vocab_size = max(backend.get_vocab().values()) + 1  # it sizes an embedding
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1  # it sizes an embedding
 
     def encode(self, text: str) -> list[int]:
         """A prompt: `begin`, then the text's tokens."""
@@ -116,22 +120,35 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
         json.loads(text)
-        backend = tokenizers.Tokenizer.from_str(text)
     except FileNotFoundError:
         raise UserError(f"no tokenizer at {path}") from None
-    except Exception as error:  # the library raises bare Exception on a bad file
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a tokenizer.json: {error}") from None
-    settings = _optional_json(path.parent / SETTINGS)
-    template = path.parent / "chat_template.jinja"
-    if template.is_file():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
-    return Tokenizer(backend, _stop_ids(path, backend, settings), settings)
+    with building(f"{path} is not a tokenizer.json"):
+        backend = tokenizers.Tokenizer.from_str(text)
+        settings = _optional_json(path.parent / SETTINGS)
+        template = path.parent / "chat_template.jinja"
+        if template.is_file():
+            settings["chat_template"] = template.read_text(encoding="utf-8")
+        return Tokenizer(backend, _stop_ids(path, backend, settings), settings)
+
+
+@contextlib.contextmanager
+def building(complaint: str) -> Iterator[None]:
+    """The tokenizers library raises bare Exception, and panics, on a vocabulary that makes no sense."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # its panics are no Exception
+        raise UserError(f"{complaint}: {error}") from None
 
 
 def _begin(backend: tokenizers.Tokenizer) -> int | None:
     opened = backend.encode("a", add_special_tokens=True).ids
     plain = backend.encode("a", add_special_tokens=False).ids
-    return opened[0] if opened[: len(plain)] != plain else None
+    added = len(opened) > len(plain) and (not plain or opened[: len(plain)] != plain)
+    return opened[0] if added else None
 
 
 def _stop_ids(path: Path, backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> tuple[int, ...]:
@@ -140,16 +157,20 @@ def _stop_ids(path: Path, backend: tokenizers.Tokenizer, settings: dict[str, Any
         ids = _optional_json(path.parent / name).get("eos_token_id")
         if ids is not None:
             ids = ids if isinstance(ids, list) else [ids]
-            if not ids or not all(isinstance(i, int) and backend.id_to_token(i) is not None for i in ids):
+            if not ids or not all(_is_token(i, backend) for i in ids):
                 raise UserError(f"{path.parent / name}: eos_token_id {ids} is not in the vocabulary of {path}")
             return tuple(ids)
     for token in (Tokenizer._token_text(settings.get("eos_token")), END):
-        if token is not None and backend.token_to_id(token) is not None:
+        if isinstance(token, str) and backend.token_to_id(token) is not None:
             return (backend.token_to_id(token),)
     raise UserError(
         f"nothing says which token of {path} ends a text: give eos_token_id in {path.parent / GENERATION}, or "
         f"eos_token in {path.parent / SETTINGS}"
     )
+
+
+def _is_token(index: Any, backend: tokenizers.Tokenizer) -> bool:
+    return isinstance(index, int) and 0 <= index < 2**31 and backend.id_to_token(index) is not None
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

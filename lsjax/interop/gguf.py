@@ -1,5 +1,7 @@
 """GGUF files of llama.cpp: any Llama in any quantisation that the `gguf` library can expand."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +38,43 @@ _LLAMA3_SETTINGS = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "
 
 
 def is_gguf(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) == _MAGIC
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == _MAGIC
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def open_gguf(path: Path) -> FileSource:
     """Raises UserError that names what is damaged, missing or not a plain Llama."""
-    fields, tensors = _read_header(Path(path))
-    config = _model_config(fields, tensors, str(path))
-    stored = {_huggingface_name(t.name): _stored_tensor(Path(path), t, config) for t in tensors.values()}
-    del tensors
-    stored.pop(_ROPE_FACTORS, None)
+    path = Path(path)
+    fields, tensors = _read_header(path)
+    with _making_sense(path):
+        config = _model_config(fields, tensors, str(path))
+        weights = [tensor for name, tensor in tensors.items() if name != _ROPE_FACTORS]
+        stored = {_huggingface_name(tensor.name): _stored_tensor(path, tensor, config) for tensor in weights}
     return FileSource(str(path), config, gguf_tokenizer(fields, str(path)), stored)
 
 
 def read_gguf_config(path: Path) -> ModelConfig:
-    return _model_config(*_read_header(Path(path)), str(path))
+    with _making_sense(path):
+        return _model_config(*_read_header(Path(path)), str(path))
+
+
+@contextlib.contextmanager
+def _making_sense(path: Path) -> Iterator[None]:
+    """Fields may hold anything: a text for a number, a number for each layer, zero heads."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} has a field or tensor that makes no sense for a Llama: {error}") from None
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
     try:
         reader = gguf.GGUFReader(path)
+        if reader.endianess != gguf.GGUFEndian.LITTLE:
+            raise ValueError("it is big-endian")
         return {name: _value(field) for name, field in reader.fields.items()}, {t.name: t for t in reader.tensors}
     except Exception as error:  # the library raises whatever it trips over
         raise UserError(f"{path} is damaged, or no GGUF file: {error}") from None
@@ -115,10 +133,12 @@ def _float32_text(value: float) -> float:
 
 
 def _rope_scaling(fields: dict[str, Any], tensors: dict[str, gguf.ReaderTensor], head_width: int, where: str):
-    kind = fields.get("llama.rope.scaling.type", "none")
-    if kind == "linear":
-        return RopeScaling("linear", _float32_text(fields["llama.rope.scaling.factor"]))
-    if kind != "none":
+    # As llama.cpp does: a factor alone means linear, 0 means none, and old files have another key.
+    kind = fields.get("llama.rope.scaling.type", "linear")
+    factor = fields.get("llama.rope.scaling.factor", fields.get("llama.rope.scale_linear", 0.0))
+    if kind == "linear" and factor not in (0.0, 1.0):
+        return RopeScaling("linear", _float32_text(factor))
+    if kind not in ("none", "linear"):
         raise UserError(f"{where}: rope scaling {kind!r}; lsjax has none, linear and llama3")
     if _ROPE_FACTORS not in tensors:
         return RopeScaling()

@@ -5,7 +5,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from lsjax.data.tokenizer import Tokenizer, begin_with
+from lsjax.data.tokenizer import Tokenizer, begin_with, building
 from lsjax.errors import UserError
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types of llama.cpp
@@ -33,6 +33,11 @@ def gguf_tokenizer(fields: dict[str, Any], where: str) -> Tokenizer:
     for key in ("tokens", "token_type", "eos_token_id"):
         if f"tokenizer.ggml.{key}" not in fields:
             raise UserError(f"{where} has no field tokenizer.ggml.{key}")
+    with building(f"{where}: its tokenizer cannot be rebuilt"):
+        return _rebuild(fields, kind, where)
+
+
+def _rebuild(fields: dict[str, Any], kind: str, where: str) -> Tokenizer:
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     ids = {token: index for index, token in enumerate(tokens)}
     if kind == "gpt2":
@@ -47,15 +52,21 @@ def gguf_tokenizer(fields: dict[str, Any], where: str) -> Tokenizer:
     defined = [AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True) if k == _USER_DEFINED]
     backend.add_special_tokens(special)
     backend.add_tokens(defined)
-    begin = fields.get("tokenizer.ggml.bos_token_id")
+    begin = _token_id(fields, "bos", tokens)
     # llama.cpp's defaults where the file does not say.
-    if begin is not None and fields.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+    usual = kind == "llama" or fields.get("tokenizer.ggml.pre") == "llama-bpe"
+    if begin is not None and fields.get("tokenizer.ggml.add_bos_token", usual):
         begin_with(backend, tokens[begin])
-    return Tokenizer(backend, _stop_ids(fields), _settings(fields, tokens))
+    # End of text, and where the file has them end of turn and end of message.
+    stop = [_token_id(fields, name, tokens) for name in ("eos", "eot", "eom")]
+    if stop[0] is None:
+        raise UserError(f"{where}: tokenizer.ggml.eos_token_id is not one of its {len(tokens)} tokens")
+    stop = tuple(dict.fromkeys(index for index in stop if index is not None))
+    return Tokenizer(backend, stop, _settings(fields, tokens))
 
 
 def _byte_level(fields: dict[str, Any], ids: dict[str, int], where: str) -> tokenizers.Tokenizer:
-    name = fields.get("tokenizer.ggml.pre", "gpt-2")
+    name = fields.get("tokenizer.ggml.pre")
     if name not in _PRE_TOKENIZERS:
         raise UserError(f"{where}: tokenizer.ggml.pre is {name!r}; lsjax knows {', '.join(_PRE_TOKENIZERS)}")
     merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
@@ -70,7 +81,7 @@ def _sentencepiece(fields: dict[str, Any], tokens: list[str], ids: dict[str, int
     if "tokenizer.ggml.scores" not in fields:
         raise UserError(f"{where} has no field tokenizer.ggml.scores")
     merges = _merges_from_scores(tokens, fields["tokenizer.ggml.scores"], ids)
-    unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]
+    unknown = tokens[_token_id(fields, "unknown", tokens) or 0]
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
@@ -90,19 +101,18 @@ def _merges_from_scores(tokens: list[str], scores: list[float], ids: dict[str, i
     return [(a, b) for *_, a, b in sorted(found)]
 
 
-def _stop_ids(fields: dict[str, Any]) -> tuple[int, ...]:
-    """End of text, and where the file has them end of turn and end of message."""
-    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    ids = (fields.get(f"tokenizer.ggml.{key}") for key in keys)
-    return tuple(dict.fromkeys(index for index in ids if index is not None))
+def _token_id(fields: dict[str, Any], name: str, tokens: list[str]) -> int | None:
+    """llama.cpp writes 2^32 - 1 for a token that there is not."""
+    index = fields.get(f"tokenizer.ggml.{name}_token_id")
+    return index if index is not None and 0 <= index < len(tokens) else None
 
 
 def _settings(fields: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
     """What tokenizer_config.json would say."""
     settings = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = fields.get(f"tokenizer.ggml.{key}_token_id")
-        if index is not None and index < len(tokens):
+        index = _token_id(fields, key, tokens)
+        if index is not None:
             settings[f"{name}_token"] = tokens[index]
     if "tokenizer.chat_template" in fields:
         settings["chat_template"] = fields["tokenizer.chat_template"]

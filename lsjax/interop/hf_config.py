@@ -24,6 +24,9 @@ def model_config_from_hf(tree: dict[str, Any], where: str) -> ModelConfig:
         if tree.get(key, value) not in (value, None):
             raise UserError(f"{where}: {key} is {tree[key]!r}; lsjax has only {value!r}")
     width, heads = _number(tree, "hidden_size", int, where), _number(tree, "num_attention_heads", int, where)
+    tied = tree.get("tie_word_embeddings") or False
+    if heads < 1 or not isinstance(tied, bool):
+        raise UserError(f"{where}: num_attention_heads is {heads}, tie_word_embeddings {tied!r}")
     theta, scaling = _rope(tree, where)
     try:
         return check_model(
@@ -36,7 +39,7 @@ def model_config_from_hf(tree: dict[str, Any], where: str) -> ModelConfig:
                 feed_forward_width=_number(tree, "intermediate_size", int, where),
                 vocab_size=_number(tree, "vocab_size", int, where),
                 context_length=_number(tree, "max_position_embeddings", int, where, 2048),
-                tie_embeddings=bool(tree.get("tie_word_embeddings", False)),
+                tie_embeddings=tied,
                 rope_theta=theta,
                 rope_scaling=scaling,
                 rms_norm_epsilon=_number(tree, "rms_norm_eps", float, where, 1e-6),
@@ -118,6 +121,7 @@ def _number(tree: dict[str, Any], key: str, kind: type, where: str, default=None
     value = default if value is None else value
     if value is None:
         raise UserError(f"{where} lacks {key}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e18 < value < 1e18
+    if not number or kind(value) != value:
         raise UserError(f"{where}: {key} must be {'a whole number' if kind is int else 'a number'}, got {value!r}")
     return kind(value)

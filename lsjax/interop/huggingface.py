@@ -47,8 +47,8 @@ def _open_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder's safetensors, from their headers; the index, if there is one, must agree."""
     if (folder / _INDEX).is_file():
         index = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(index, dict) or not index:
-            raise UserError(f"{folder / _INDEX} has no weight_map")
+        if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+            raise UserError(f"{folder / _INDEX} has no weight_map of tensors to files")
         files = sorted(set(index.values()))
     elif (folder / _WHOLE).is_file():
         index, files = None, [_WHOLE]
@@ -57,7 +57,7 @@ def _open_tensors(folder: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name in files:
         # A file name from an index must not lead elsewhere.
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+        if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder / _INDEX} names {name!r}, which is not a file in {folder}")
         found = _read_header(folder / name)
         wanted = set(found) if index is None else {tensor for tensor, file in index.items() if file == name}
@@ -95,8 +95,11 @@ def _stored_tensor(path: Path, name: str, header) -> StoredTensor:
 
     def read(at: Slices) -> np.ndarray:
         # Opened anew each time: what was read is then unmapped, and does not count as our memory.
-        with safe_open(path, framework="numpy") as file:
-            return file.get_slice(name)[at]
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return file.get_slice(name)[at]
+        except SafetensorError as error:  # changed since its header was read
+            raise OSError(f"{path}: {error}") from None
 
     return StoredTensor(tuple(header.get_shape()), jax.numpy.dtype(_DTYPES[kind]), read)
 
@@ -115,7 +118,7 @@ def _drop_known_extras(tensors: dict[str, StoredTensor], config: ModelConfig, fo
 
 
 def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or len(a.shape) != 2:
         return False
     parts = [
         (slice(start, min(start + rows, a.shape[0])), slice(0, a.shape[1])) for start in range(0, a.shape[0], rows)
@@ -126,7 +129,12 @@ def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
 def write_huggingface(
     folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer, shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Writes a folder that transformers loads. Beyond the parameters, memory holds one file of `shard_bytes`."""
+    """Writes a folder that transformers loads. Beyond the parameters, memory holds one file of `shard_bytes`.
+
+    Raises UserError for the one shape that transformers does not have: a width that its heads do not divide.
+    """
+    if config.width % config.num_heads:
+        raise UserError(f"transformers has no Llama of width {config.width} with {config.num_heads} heads")
     shards = list(_shards(config, params, shard_bytes))
     names = [_WHOLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     weight_map, total = {}, 0

@@ -7,7 +7,7 @@ is permuted.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -74,13 +74,11 @@ def parameter_pieces(config: ModelConfig) -> dict[str, tuple[Piece, ...]]:
     return pieces
 
 
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor of the model, with its shape in a file."""
-    shapes = {}
     for piece in itertools.chain(*parameter_pieces(config).values()):
-        layers = range(config.num_layers) if "{layer}" in piece.tensor else (0,)
-        shapes |= {piece.tensor.format(layer=layer): piece.shape for layer in layers}
-    return shapes
+        for layer in range(config.num_layers) if "{layer}" in piece.tensor else (0,):
+            yield piece.tensor.format(layer=layer), piece.shape
 
 
 def read_piece(piece: Piece, wanted: Slices, read: Callable[[Slices], np.ndarray]) -> np.ndarray:

@@ -31,13 +31,14 @@ Tensors = Mapping[str, StoredTensor]
 
 def check_tensors(tensors: Tensors, config: ModelConfig, where: str) -> None:
     """Raises UserError naming the first tensor that is missing, of another shape, or not part of a Llama."""
-    wanted = tensor_shapes(config)
-    for name, shape in wanted.items():
+    wanted = set()
+    for name, shape in tensor_shapes(config):
+        wanted.add(name)
         if name not in tensors:
             raise UserError(f"{where} lacks the tensor {name} {list(shape)}")
         if tensors[name].shape != shape:
             raise UserError(f"{where}: {name} has shape {list(tensors[name].shape)}, its config says {list(shape)}")
-    extra = sorted(set(tensors) - set(wanted))
+    extra = sorted(set(tensors) - wanted)
     if extra:
         raise UserError(f"{where} has {len(extra)} tensor(s) that a Llama of this config does not: {extra[0]}")
 

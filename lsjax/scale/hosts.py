@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lsjax.config import first_difference
-from lsjax.errors import HostLostError, UserError
+from lsjax.errors import UserError
 
 T = TypeVar("T")
 
@@ -23,10 +23,15 @@ def join(coordinator: str = "", num_processes: int | None = None, process_id: in
     Without arguments SLURM, Kubernetes, Cloud TPU and MPI are recognised by JAX itself. Raises UserError when nothing
     says which processes there are, or they do not come together.
     """
+    host, _, port = coordinator.rpartition(":")
+    if coordinator and not (host and port.isdigit()):
+        raise UserError(f"--coordinator is {coordinator!r}; it must be HOST:PORT")
+    # Its handler would swallow SIGTERM, which is ours to act on (StopVote).
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator or None, num_processes, process_id)
-    except (ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # each of the detected clusters raises its own kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"cannot join the other processes: {reason} (outside SLURM, Kubernetes and Cloud TPU give --coordinator, "
             "--num_processes and --process_id)"
@@ -35,14 +40,14 @@ def join(coordinator: str = "", num_processes: int | None = None, process_id: in
 
 @contextlib.contextmanager
 def losses_named() -> Iterator[None]:
-    """Turns the failure of a computation over several hosts into HostLostError."""
+    """Turns the failure of a computation over several hosts into a UserError that says so."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
-        raise HostLostError(
+        raise UserError(
             f"another host is gone, or failed ({reason}); start the same command again, on as many hosts as there are: "
             "it resumes from the latest checkpoint"
         ) from error
@@ -54,14 +59,16 @@ def is_leader() -> bool:
 
 
 def leader_first(work: Callable[[], T]) -> T:
-    """Runs `work` on the leader, then on the other hosts. A UserError on any host is raised on all of them."""
+    """Runs `work` on the leader, then on the other hosts. An error on any host is a UserError on all of them."""
     result, problem = None, ""
     for my_turn in (is_leader(), not is_leader()):
         if my_turn:
             try:
                 result = work()
-            except UserError as error:
-                problem = str(error)
+            except Exception as error:
+                problem = str(error) or type(error).__name__
+                if jax.process_count() == 1:
+                    raise
         raise_together(problem)
     return result
 
@@ -96,18 +103,12 @@ def gather_texts(text: str) -> list[str]:
     return [rows[host, : sizes[host]].tobytes().decode() for host in range(len(sizes))]
 
 
-def batch_share(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
-    """(index, count): this host reads the index-th of `count` equal blocks of every global batch's rows.
-
-    Hosts that hold the same rows (a tensor axis over several hosts) read the same block.
-    """
-    slices = [
-        index[0].indices(batch_size) for index in sharding.addressable_devices_indices_map((batch_size,)).values()
-    ]
-    start, stop = min(s[0] for s in slices), max(s[1] for s in slices)
-    if sum(s[1] - s[0] for s in set(slices)) != stop - start:
-        raise UserError("config.mesh gives this host rows of the batch that do not lie together")
-    return start // (stop - start), batch_size // (stop - start)
+def batch_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """Which rows of every global batch this host's devices hold, in ascending order. They need not lie together (a
+    mesh follows the wires, not the hosts), and hosts may hold the same (a tensor axis over several hosts)."""
+    rows = np.arange(batch_size)
+    mine = sharding.addressable_devices_indices_map(rows.shape).values()
+    return np.unique(np.concatenate([rows[index[0]] for index in mine]))
 
 
 class StopVote:

@@ -50,7 +50,10 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
             f"config.mesh (data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}) does not fit "
             f"{len(devices)} device(s)"
         )
-    return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+    try:
+        return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+    except (NotImplementedError, ValueError) as error:  # a shape that the wiring of the chips does not give
+        raise UserError(f"config.mesh {dict(zip(MESH_AXES, sizes, strict=True))}: {error}") from None
 
 
 def spec(*logical_axes: str | None) -> P:

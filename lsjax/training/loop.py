@@ -40,6 +40,7 @@ class TrainResult(NamedTuple):
     profile: ExitProfile | None
 
 
+@hosts.losses_named()
 def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> TrainResult:
     """Trains until config.training.total_steps, resuming by itself from the latest checkpoint in `workdir`.
 
@@ -59,7 +60,7 @@ def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> Train
     say = print if verbose else lambda _: None
     directory = workdirs.data_directory(workdir, config)
     initial, tokenizer = hosts.leader_first(lambda: _open_inputs(config, directory, say))
-    hosts.leader_first(lambda: hosts.is_leader() and workdirs.claim(workdir, config, tokenizer))
+    hosts.leader_first(lambda: _claim(workdir, config, tokenizer))
 
     # ---- From: the latest checkpoint, the initial model, or random parameters born in their shards.
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
@@ -69,12 +70,11 @@ def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> Train
         say(f"{start}: {count_params(config.model):,} parameters on {describe_devices(mesh)}")
 
         # ---- Go.
-        log = RunLog(workdir, first_step) if hosts.is_leader() else NoLog()
+        log = hosts.leader_first(lambda: RunLog(workdir, first_step) if hosts.is_leader() else NoLog())
         display = ProgressDisplay(first_step, config.training.total_steps, verbose)
         try:
-            with hosts.losses_named():
-                run = _Run(config, mesh, directory, checkpoints, log, display)
-                return run.until_done(state, first_step)
+            run = _Run(config, mesh, directory, checkpoints, log, display)
+            return run.until_done(state, first_step)
         finally:
             display.close()
             log.close()
@@ -83,6 +83,13 @@ def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> Train
 def _open_inputs(config: Config, directory: Path, say) -> tuple[ModelSource | None, Tokenizer]:
     initial = open_initial_model(config)
     return initial, prepare(config, directory, say, initial and initial.tokenizer)[0]
+
+
+def _claim(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
+    if hosts.is_leader():
+        workdirs.claim(workdir, config, tokenizer)
+    elif not workdirs.is_run(workdir):
+        raise UserError(f"{workdir} is not the folder that host 0 writes to: all hosts must share it")
 
 
 def describe_devices(mesh: Mesh) -> str:
@@ -131,9 +138,9 @@ class _Run:
     def until_done(self, state: TrainState, first_step: int) -> TrainResult:
         t, sharding = self.config.training, batch_sharding(self.mesh)
         train_step = make_train_step(self.config, self.mesh)
-        share = dict(zip(("host", "num_hosts"), hosts.batch_share(sharding, t.batch_size), strict=True))
+        rows = hosts.batch_rows(sharding, t.batch_size)
         batches = training_batches(
-            self.directory, t.batch_size, t.sequence_length, t.seed, first_batch=first_step, **share
+            self.directory, t.batch_size, t.sequence_length, t.seed, first_batch=first_step, rows=rows
         )
         stop_vote = hosts.StopVote(self.mesh)
         pending: tuple[int, StepMetrics, Any] | None = None
@@ -142,19 +149,19 @@ class _Run:
         with _stop_on_signal() as stop_requested:
             for step in range(first_step + 1, t.total_steps + 1):
                 # Step n is dispatched before the metrics of n-1 are fetched: the device never waits for us.
-                state, metrics = train_step(state, put_batch(next(batches), sharding))
+                state, metrics = train_step(state, put_batch(next(batches), rows, t.batch_size, sharding))
                 stopping = self._finish_step(*pending) if pending else False
                 pending = (step, metrics, stop_vote.cast(stop_requested()))
                 evaluating = step == t.total_steps or step % self.config.evaluation.every_steps == 0
-                saving = step == t.total_steps or step % self.config.checkpoint.every_steps == 0 or stopping
-                if evaluating or saving:
+                saving = step == t.total_steps or step % self.config.checkpoint.every_steps == 0
+                if evaluating or saving or stopping:
                     # Only a step known to be finite is evaluated or saved. What is logged of a step is written
                     # before its checkpoint: a run killed in between repeats it, and nothing is missing.
-                    self._finish_step(*pending)
+                    stopping |= self._finish_step(*pending)
                     pending = None
                 if evaluating:
                     self._log_evaluation(step, self._evaluate(state))
-                if saving:
+                if saving or stopping:
                     self.checkpoints.save(state)
                 if stopping:
                     break
@@ -186,10 +193,10 @@ class _Run:
     def _evaluate(self, state: TrainState) -> ExitProfile:
         began = time.monotonic()
         t, sharding = self.config.training, batch_sharding(self.mesh)
-        share = hosts.batch_share(sharding, t.batch_size)
+        rows = hosts.batch_rows(sharding, t.batch_size)
         most = self.config.evaluation.max_batches
-        batches = held_out_batches(self.directory, t.batch_size, t.sequence_length, most, *share)
-        put = (put_batch(batch, sharding) for batch in batches)
+        batches = held_out_batches(self.directory, t.batch_size, t.sequence_length, most, rows)
+        put = (put_batch(batch, rows, t.batch_size, sharding) for batch in batches)
         self.profile = exit_profile(state.params, put, self.config.model, self.config.evaluation.exit_stride)
         then, previous = self.clock
         self.clock = (then + time.monotonic() - began, previous)  # evaluation is no training time
@@ -207,9 +214,15 @@ def describe_speed(config: Config, tokens_per_second: float, mesh: Mesh) -> dict
     return speed | (utilization(config, tokens_per_second, mesh.size, peak) if peak else {})
 
 
-def put_batch(batch: Batch, sharding) -> Batch:
-    """This host's rows -> global arrays laid out over the mesh."""
-    return Batch(*(jax.make_array_from_process_local_data(sharding, column) for column in batch))
+def put_batch(batch: Batch, rows: np.ndarray, batch_size: int, sharding) -> Batch:
+    """This host's rows (which they are of the global batch: `rows`) -> global arrays laid out over the mesh."""
+
+    def put(column: np.ndarray) -> jax.Array:
+        shape = (batch_size, *column.shape[1:])
+        wanted = lambda index: column[np.isin(rows, np.arange(batch_size)[index[0]])]  # noqa: E731
+        return jax.make_array_from_callback(shape, sharding, wanted)
+
+    return Batch(*map(put, batch))
 
 
 def _check_finite(step: int, metrics: StepMetrics) -> None:

@@ -73,6 +73,6 @@ def test_profile_is_the_same_over_eight_devices(tiny, tiny_params, batch):  # no
     alone = exit_profile(tiny_params, [eight], tiny)
     mesh = make_mesh(MeshConfig(2, 4, 1))
     with jax.set_mesh(mesh):
-        spread = exit_profile(tiny_params, [put_batch(eight, batch_sharding(mesh))], tiny)
+        spread = exit_profile(tiny_params, [put_batch(eight, np.arange(8), 8, batch_sharding(mesh))], tiny)
     for ours, theirs in zip(spread, alone, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)

@@ -151,6 +151,36 @@ def test_linear_rope_scaling(tmp_path):
     assert read_model_config(path) == read_model_config(RECORDED / "linear_scaling")
 
 
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"llama.rope.scaling.factor": 4.0}, "linear"),
+        ({"llama.rope.scale_linear": 4.0}, "linear"),
+        ({"llama.rope.scaling.factor": 1.0}, "none"),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, "none"),
+    ],
+)
+def test_rope_factors_mean_what_they_mean_to_llama_cpp(fields, kind, tmp_path):
+    scaling = read_model_config(write_gguf(tmp_path / "model.gguf", "smollm2", fields=fields)).rope_scaling
+    assert scaling.kind == kind
+    assert scaling.factor == (4.0 if kind == "linear" else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "begins"),
+    [
+        ({"tokenizer.ggml.pre": "gpt-2"}, False),
+        ({"tokenizer.ggml.pre": "llama-bpe"}, True),
+        ({"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": False}, False),
+        ({"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.add_bos_token": True}, True),
+        ({"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.bos_token_id": 2**32 - 1}, False),
+    ],
+)
+def test_texts_begin_as_with_llama_cpp(fields, begins, tmp_path):
+    tokenizer = lsjax.load(write_gguf(tmp_path / "model.gguf", "smollm2", fields=fields)).tokenizer
+    assert (tokenizer.encode("a")[0] == 1) == begins
+
+
 def test_llama3_rope_scaling_is_recognised_by_its_factors(tmp_path, monkeypatch):
     """GGUF keeps the factors only; published models all scale from 8,192 tokens, the recorded one from 64."""
     import lsjax.interop.gguf as reader
@@ -191,6 +221,10 @@ BAD = {
     "an unknown tokenizer": ({"fields": {"tokenizer.ggml.model": "bert"}}, "tokenizer.ggml.model is 'bert'"),
     "an unknown way to cut words": ({"fields": {"tokenizer.ggml.pre": "qwen2"}}, "tokenizer.ggml.pre is 'qwen2'"),
     "no stop token": ({"without": ["tokenizer.ggml.eos_token_id"]}, "no field tokenizer.ggml.eos_token_id"),
+    "no heads": ({"fields": {"llama.attention.head_count": 0}}, "makes no sense for a Llama"),
+    "a width for each layer": ({"fields": {"llama.feed_forward_length": [56, 56, 56]}}, "makes no sense for a Llama"),
+    "a stop token out of range": ({"fields": {"tokenizer.ggml.eos_token_id": 9999}}, "is not one of its"),
+    "no way to cut words": ({"without": ["tokenizer.ggml.pre"]}, "tokenizer.ggml.pre is None"),
     "partial rotation": ({"fields": {"llama.rope.dimension_count": 2}}, "llama.rope.dimension_count is 2"),
 }
 

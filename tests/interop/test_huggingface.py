@@ -116,6 +116,23 @@ def test_a_conversation_goes_through_the_models_template(tmp_path):
         lsjax.load(RECORDED / "llama31").tokenizer.encode_chat([{"role": "user", "content": "hi"}])
 
 
+def test_limits_that_a_tokenizer_was_saved_with_are_not_obeyed(tmp_path):
+    folder = copy_of("smollm2", tmp_path / "a")
+    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
+    edit_json(folder / "tokenizer.json", truncation=cut, padding=pad | {"pad_to_multiple_of": None})
+    text = "def main(): return 0"
+    assert lsjax.load(folder).tokenizer.encode(text) == lsjax.load(RECORDED / "smollm2").tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("template", ["{{ range(10 ** 30) }}", "{{ 1 + 'a' }}", "{% if %}", [{"name": "x"}], {"a": 1}])
+def test_a_template_that_fails_is_one_error(template, tmp_path):
+    folder = copy_of("smollm2", tmp_path / "a")
+    edit_json(folder / "tokenizer_config.json", chat_template=template)
+    with pytest.raises(lsjax.UserError, match="chat template"):
+        lsjax.load(folder).tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+
+
 def copy_of(variant: str, folder: Path) -> Path:
     return Path(shutil.copytree(RECORDED / variant, folder))
 
@@ -190,6 +207,12 @@ BAD = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer"),
     "a broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
     "a stop token out of range": (set_config(eos_token_id=[999]), "not in the vocabulary"),
+    "a negative stop token": (set_config(eos_token_id=-1), "not in the vocabulary"),
+    "no heads": (set_config(num_attention_heads=0), "num_attention_heads is 0"),
+    "an infinite size": (set_config(hidden_size=float("inf")), "hidden_size must be a whole number"),
+    "a text for a truth": (set_config(tie_word_embeddings="false"), "tie_word_embeddings 'false'"),
+    "a billion layers": (set_config(num_hidden_layers=10**9), "lacks the tensor model.layers.3."),
+    "an empty vocabulary": (lambda f: edit_json(f / "tokenizer.json", model={"type": "WordLevel"}), "tokenizer.json"),
 }
 
 
