@@ -15,6 +15,7 @@ from lsjax.config import first_difference
 from lsjax.errors import UserError
 
 T = TypeVar("T")
+_HEARTBEAT = 30  # seconds of silence after which a process counts as gone; JAX then ends the others
 
 
 def join(coordinator: str = "", num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -29,7 +30,7 @@ def join(coordinator: str = "", num_processes: int | None = None, process_id: in
     # Its handler would swallow SIGTERM, which is ours to act on (StopVote).
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(coordinator or None, num_processes, process_id)
+        jax.distributed.initialize(coordinator or None, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT)
     except Exception as error:  # each of the detected clusters raises its own kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -80,12 +80,12 @@ def records(workdir: Path) -> list[dict]:
     ]
 
 
-def assert_same_run(ours: list[dict], theirs: list[dict]) -> None:
+def assert_same_run(ours: list[dict], theirs: list[dict], relative=1e-4) -> None:
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a["exit_losses"].keys() == b["exit_losses"].keys()
-        np.testing.assert_allclose(list(a["exit_losses"].values()), list(b["exit_losses"].values()), rtol=1e-4)
-        np.testing.assert_allclose((a["loss"], a["gradient_norm"]), (b["loss"], b["gradient_norm"]), rtol=1e-3)
+        np.testing.assert_allclose(list(a["exit_losses"].values()), list(b["exit_losses"].values()), rtol=relative)
+        np.testing.assert_allclose((a["loss"], a["gradient_norm"]), (b["loss"], b["gradient_norm"]), rtol=10 * relative)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_several_processes_are_one_run(config, alone, processes, tmp_path):
     assert [status for status, *_ in results] == [0] * processes, results[0][2]
     assert_same_run(records(tmp_path), alone)
     assert f"on {DEVICES} cpu device(s) on {processes} hosts" in results[0][1]
-    assert not any(out for _, out, _ in results[1:])  # one host speaks
+    assert not any("step" in out or "corpus" in out for _, out, _ in results[1:]), results[1][1]  # one host speaks
     assert lsjax.load(tmp_path).step == 20
 
 
@@ -137,20 +137,27 @@ def test_without_any_cluster_the_flags_are_named(config, tmp_path):
 LONG = "--config.training.total_steps=2000"
 
 
-def test_a_killed_rank_stops_the_others_and_fewer_hosts_go_on(config, alone, tmp_path):
+# Long enough to be killed among steps.
+LONGER = ("--config.training.total_steps=150", "--config.checkpoint.every_steps=40")
+
+
+def test_a_killed_rank_stops_the_others_and_fewer_hosts_go_on(config, tmp_path):
     """SIGKILL: the others say so and end; one process with all devices then continues where the checkpoint is."""
-    processes = start(config, tmp_path, 2)
-    wait_for_checkpoint(tmp_path, 5, processes)
+    ((status, _, err),) = finish(start(config, tmp_path / "alone", 1, *LONGER))
+    assert status == 0, err
+    processes = start(config, tmp_path / "killed", 2, *LONGER)
+    wait_for_checkpoint(tmp_path / "killed", 40, processes)
     processes[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     (status, _, err), _ = finish(processes, timeout=120)
     assert status != 0
     assert time.monotonic() - began < 100
-    assert "another host" in err
-    ((status, out, err),) = finish(start(config, tmp_path, 1))
+    # Among steps we say so; in the middle of a save, where hosts wait for each other, JAX does, and aborts.
+    assert "another host is gone" in err or "This most likely indicates that another task died" in err
+    ((status, out, err),) = finish(start(config, tmp_path / "killed", 1, *LONGER))
     assert status == 0, err
     assert "resuming at step" in out
-    assert_same_run(records(tmp_path), alone)
+    assert_same_run(records(tmp_path / "killed"), records(tmp_path / "alone"), 1e-3)
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, tmp_path):
