@@ -3,7 +3,7 @@
   make demo-pretrained
   python launch/train.py --config=configs/continual_smollm2_135m.py --workdir=runs/smollm2
 
-Hardware: 2 CPU cores, 6 GB of memory. Expected, in 24 minutes: held-out loss at layers 10, 15, 20, 25 and 30 from 23.4,
+Hardware: 2 CPU cores, 4 GB of memory. Expected, in 24 minutes: held-out loss at layers 10, 15, 20, 25 and 30 from 23.4,
 20.5, 19.7, 9.6 and 2.43 to 7.7, 6.7, 6.3, 4.1 and 2.31; agreement with the last layer at 10 to 25 from 3, 5, 9 and 29 %
 to 21, 27, 35 and 56 %. Longer: --config.training.total_steps=1500 --workdir=runs/longer.
 

@@ -44,14 +44,15 @@ def read_huggingface_config(folder: Path) -> ModelConfig:
 
 
 def _open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's safetensors, from their headers; the index, if there is one, must agree."""
-    if (folder / _INDEX).is_file():
+    """Every tensor of the folder's safetensors, from their headers; an index must agree with them. As transformers
+    does, one whole file goes before an index, which may have been left by an earlier save."""
+    if (folder / _WHOLE).is_file():
+        index, files = None, [_WHOLE]
+    elif (folder / _INDEX).is_file():
         index = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
             raise UserError(f"{folder / _INDEX} has no weight_map of tensors to files")
         files = sorted(set(index.values()))
-    elif (folder / _WHOLE).is_file():
-        index, files = None, [_WHOLE]
     else:
         raise _no_weights(folder)
     tensors = {}

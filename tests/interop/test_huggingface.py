@@ -164,13 +164,15 @@ def pickle_instead(folder: Path) -> None:
 
 
 def index_that_lies(folder: Path) -> None:
-    names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+    names = dict.fromkeys(load_file(folder / "model.safetensors"), "part.safetensors")
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
     (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": names | {"more": "model.safetensors"}})
+        json.dumps({"weight_map": names | {"more": "part.safetensors"}})
     )
 
 
 def index_that_leads_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
 
 
