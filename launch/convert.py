@@ -21,18 +21,14 @@ DTYPE = flags.DEFINE_enum(
 
 
 def main() -> None:
+    import jax
+
     from lsjax.convert import convert
     from lsjax.model.transformer import count_params
 
     model = convert(FROM.value, TO.value, FORMAT.value, DTYPE.value)
-    dtypes = sorted({str(leaf.dtype) for leaf in _leaves(model.params)})
+    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(model.params)})
     print(f"{TO.value}: {count_params(model.config):,} parameters, {', '.join(dtypes)}, {FORMAT.value}")
-
-
-def _leaves(tree) -> list:
-    import jax
-
-    return jax.tree.leaves(tree)
 
 
 if __name__ == "__main__":

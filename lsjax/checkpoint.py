@@ -35,7 +35,7 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        return _steps(self._folder)[-1] if _steps(self._folder) else None
+        return max(_steps(self._folder), default=None)
 
     def save(self, state: TrainState) -> None:
         """Copies the state off the device and returns; writing goes on behind. The step must be a new one."""

@@ -50,7 +50,7 @@ class Tokenizer:
         As everywhere else, special tokens are recognised in the whole rendered text, contents included. Raises
         UserError when the model has no template.
         """
-        names = {key: self._token_text(value) for key, value in self.settings.items() if key.endswith("_token")}
+        names = {key: _token_text(value) for key, value in self.settings.items() if key.endswith("_token")}
         text = render_chat(self.settings.get("chat_template"), messages, names)
         self.backend.encode_special_tokens = False
         try:
@@ -78,11 +78,6 @@ class Tokenizer:
         write_atomically(Path(folder) / GENERATION, json.dumps(generation, indent=2))
         write_atomically(Path(folder) / SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False))
         write_atomically(Path(folder) / TOKENIZER, self.backend.to_str(pretty=False))
-
-    @staticmethod
-    def _token_text(value: Any) -> Any:
-        """Hugging Face writes a special token as its text, or as an object with a `content`."""
-        return value.get("content") if isinstance(value, dict) else value
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -160,13 +155,18 @@ def _stop_ids(path: Path, backend: tokenizers.Tokenizer, settings: dict[str, Any
             if not ids or not all(_is_token(i, backend) for i in ids):
                 raise UserError(f"{path.parent / name}: eos_token_id {ids} is not in the vocabulary of {path}")
             return tuple(ids)
-    for token in (Tokenizer._token_text(settings.get("eos_token")), END):
+    for token in (_token_text(settings.get("eos_token")), END):
         if isinstance(token, str) and backend.token_to_id(token) is not None:
             return (backend.token_to_id(token),)
     raise UserError(
         f"nothing says which token of {path} ends a text: give eos_token_id in {path.parent / GENERATION}, or "
         f"eos_token in {path.parent / SETTINGS}"
     )
+
+
+def _token_text(value: Any) -> Any:
+    """Hugging Face writes a special token as its text, or as an object with a `content`."""
+    return value.get("content") if isinstance(value, dict) else value
 
 
 def _is_token(index: Any, backend: tokenizers.Tokenizer) -> bool:

@@ -14,24 +14,24 @@ from lsjax.interop.gguf_tokenizer import gguf_tokenizer
 from lsjax.interop.layout import Slices
 from lsjax.interop.source import FileSource
 from lsjax.interop.tensors import StoredTensor
+from lsjax.model.rope import inverse_frequencies
 
 _MAGIC = b"GGUF"
-# Hugging Face name -> GGUF name.
+# GGUF name -> Hugging Face name.
 _NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
-_FROM_GGUF = {theirs: ours for ours, theirs in _NAMES.items()}
 _ROPE_FACTORS = "rope_freqs.weight"
 # GGUF keeps the resulting factors of Llama 3's frequency scaling, not its settings; these are all published ones'.
 _LLAMA3_SETTINGS = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "original_context_length": 8192}
@@ -151,8 +151,6 @@ def _rope_scaling(fields: dict[str, Any], tensors: dict[str, gguf.ReaderTensor],
 
 
 def _gives_factors(scaling: RopeScaling, theta: float, head_width: int, factors: np.ndarray) -> bool:
-    from lsjax.model.rope import inverse_frequencies
-
     plain = ModelConfig(head_width=head_width, rope_theta=theta)
     ratio = inverse_frequencies(plain) / inverse_frequencies(
         ModelConfig(head_width=head_width, rope_theta=theta, rope_scaling=scaling)
@@ -165,9 +163,9 @@ def _huggingface_name(name: str) -> str:
     stem, _, suffix = name.rpartition(".")
     block, _, rest = stem.partition(".")
     layer, _, kind = rest.partition(".")
-    if block == "blk" and kind in _FROM_GGUF:
-        return f"model.layers.{layer}.{_FROM_GGUF[kind]}.{suffix}"
-    return f"{_FROM_GGUF[stem]}.{suffix}" if stem in _FROM_GGUF else name
+    if block == "blk" and kind in _NAMES:
+        return f"model.layers.{layer}.{_NAMES[kind]}.{suffix}"
+    return f"{_NAMES[stem]}.{suffix}" if stem in _NAMES else name
 
 
 def _stored_tensor(path: Path, tensor: gguf.ReaderTensor, config: ModelConfig) -> StoredTensor:

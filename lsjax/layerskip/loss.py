@@ -70,30 +70,33 @@ def _run(head, states, text: _Text, per_exit, static, with_gradient: bool):
     def chunk_losses(head_sum, piece):
         states, text = piece
         loss_of = functools.partial(_exit_loss, text=text, teach=_teach(head, text), distillation=distillation)
-        one_exit = functools.partial(_one_exit, head, loss_of, with_gradient, head_learns)
+        one_exit = functools.partial(_one_exit, head, loss_of, with_gradient)
         return jax.lax.scan(one_exit, head_sum, (states, *per_exit))
 
     states_pieces, text_pieces = split_tokens((jnp.moveaxis(states, 0, 2), text), chunk)
     pieces = (jnp.moveaxis(states_pieces, 3, 1), text_pieces)  # [pieces, E, B, s, D], and text [pieces, B, s]
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
-    head_sum, (values, losses, of_states) = jax.lax.scan(chunk_losses, zeros, pieces)
+    head_sum = None
+    if with_gradient and head_learns:
+        head_sum = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
+    head_sum, (values, losses, of_states) = jax.lax.scan(chunk_losses, head_sum, pieces)
     result = jnp.sum(values), jnp.sum(losses, axis=0)
     if not with_gradient:
         return result, None
-    of_head = jax.tree.map(lambda a, s: s.astype(a.dtype), head, head_sum)
+    # A head that does not learn has no gradient array at all, not one of zeros.
+    of_head = head_sum and jax.tree.map(lambda a, s: s.astype(a.dtype), head, head_sum)
     return result, (of_head, jnp.moveaxis(of_states, 0, 2).reshape(states.shape))
 
 
-def _one_exit(head, loss_of, with_gradient: bool, head_learns: bool, head_sum, exit_):
-    """Adds an active exit's gradient to head_sum; gives (objective, CE, gradient of its states)."""
+def _one_exit(head, loss_of, with_gradient: bool, head_sum, exit_):
+    """Adds an active exit's gradient to head_sum (None: not wanted); gives (objective, CE, gradient of its states)."""
     x, weight, active = exit_
 
     def run(head_sum):
         if not with_gradient:
             return head_sum, (*loss_of(head, x, weight), None)
-        wanted = (0, 1) if head_learns else (1,)
+        wanted = (1,) if head_sum is None else (0, 1)
         (value, loss), gradients = jax.value_and_grad(loss_of, wanted, has_aux=True)(head, x, weight)
-        if head_learns:
+        if head_sum is not None:
             head_sum = jax.tree.map(jnp.add, head_sum, gradients[0])
         return head_sum, (value, loss, gradients[-1])
 
@@ -163,11 +166,16 @@ def multi_exit_loss(
     pulls on the shared norm and head; unless `head_learns`, nothing does on the head. With distillation the states of
     all layers are kept until the last one is known; without, each exit's loss is taken inside the layer scan.
     """
+    exit_weights, exit_active = jnp.asarray(exit_weights), jnp.asarray(exit_active)
     sample = functools.partial(_every, stride=token_stride, offset=token_offset)
-    shared = params if exits_train_head else jax.lax.stop_gradient(params)
-    sampled = _Text(sample(batch.targets), token_stride * sample(batch.weights))
     losses = functools.partial(exit_losses, config=config, chunk=loss_chunk)
-    early = functools.partial(losses, shared, distillation=distillation, head_learns=head_learns and exits_train_head)
+    early = functools.partial(
+        losses,
+        params if exits_train_head else jax.lax.stop_gradient(params),
+        text=_Text(sample(batch.targets), token_stride * sample(batch.weights)),
+        distillation=distillation,
+        head_learns=head_learns and exits_train_head,
+    )
     run_layers = functools.partial(
         scan_layers,
         params,
@@ -179,19 +187,33 @@ def multi_exit_loss(
         rematerialize=rematerialize,
         unroll=unroll,
     )
-    exit_weights, exit_active = jnp.asarray(exit_weights), jnp.asarray(exit_active)
-    exits = (exit_weights, exit_active.at[-1].set(False))
-    if distillation:
-        x, states = run_layers(read=lambda x, _: sample(x))
-        teacher = jax.lax.stop_gradient(states[-1])
-        weighted, early_losses = early(states, sampled._replace(teacher=teacher), *exits)
-    else:
-        inside = lambda x, e: early(sample(x)[None], sampled, e[0][None], e[1][None])  # noqa: E731
-        x, (weighted, early_losses) = run_layers(per_layer=exits, read=inside)
-        weighted, early_losses = jnp.sum(weighted), early_losses[:, 0]
-    text = _Text(batch.targets, batch.weights)
-    final, final_loss = losses(params, x[None], text, exit_weights[-1:], jnp.ones(1, bool), head_learns=head_learns)
-    return weighted + final, jax.lax.stop_gradient(early_losses.at[-1].set(final_loss[0]))
+    early_exits = _after_the_layers if distillation else _inside_the_layers
+    x, objective, early_losses = early_exits(run_layers, early, sample, exit_weights, exit_active.at[-1].set(False))
+    last = (x[None], _Text(batch.targets, batch.weights), exit_weights[-1:], jnp.ones(1, bool))
+    last_objective, last_loss = losses(params, *last, head_learns=head_learns)
+    return objective + last_objective, jax.lax.stop_gradient(early_losses.at[-1].set(last_loss[0]))
+
+
+def _inside_the_layers(run_layers, early, sample, exit_weights, exit_active):
+    """(x_L, objective, CE [L]), each exit's taken in the layer scan."""
+
+    # Checkpointed: kept for every layer, the gradients of the head, [V, D] each, would be more than all activations.
+    @jax.checkpoint
+    def read(x, exit_):
+        weight, active = exit_
+        objective, losses = early(sample(x)[None], exit_weights=weight[None], exit_active=active[None])
+        return objective, losses[0]
+
+    x, (objectives, losses) = run_layers(per_layer=(exit_weights, exit_active), read=read)
+    return x, jnp.sum(objectives), losses
+
+
+def _after_the_layers(run_layers, early, sample, exit_weights, exit_active):
+    """(x_L, objective, CE [L]) with the last layer's state as teacher of the others, all kept until it is known."""
+    x, states = run_layers(read=lambda x, _: sample(x))
+    teacher = jax.lax.stop_gradient(states[-1])
+    text = early.keywords["text"]._replace(teacher=teacher)
+    return x, *early(states, text=text, exit_weights=exit_weights, exit_active=exit_active)
 
 
 def _every(x: jax.Array, stride: int, offset: jax.Array | int) -> jax.Array:

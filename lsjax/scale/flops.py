@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from lsjax.config import Config, LayerSkipConfig, ModelConfig
+from lsjax.config import Config, ModelConfig
 
 # Peak dense bfloat16 FLOP/s of one device, from the vendors' data sheets, by the beginning of jax's `device_kind`.
 _PEAKS = {
@@ -54,23 +54,6 @@ def model_flops_per_token(config: Config, causal: bool = False) -> float:
     """Forward and backward (twice the forward) of the plain model, the numerator of model FLOPs utilisation: no
     recomputation, no extra exits, no skipped layers."""
     return 3 * forward_flops(config.model, config.training.sequence_length).model(causal)
-
-
-def exit_flops_per_token(config: LayerSkipConfig, model: ModelConfig, active_exits: float) -> float:
-    """What early exits add to a training step: their heads, and a teacher's if they distil. `active_exits` counts
-    them without the last layer, as a mean over steps."""
-    head = 2 * model.width * model.vocab_size
-    passes = 3 if config.exits_train_head else 2
-    teacher = head if config.exit_distillation and active_exits else 0.0
-    return (active_exits * passes * head + teacher) / config.exit_token_stride
-
-
-def skipped_flops_per_token(config: Config, mean_dropout_rate: float) -> float:
-    """What layer dropout saves: only at batch granularity is a dropped layer not computed."""
-    if config.layerskip.dropout_granularity != "batch":
-        return 0.0
-    flops = forward_flops(config.model, config.training.sequence_length)
-    return 3 * mean_dropout_rate * (flops.layers + flops.attention_full)
 
 
 def peak_flops(device: jax.Device) -> float | None:

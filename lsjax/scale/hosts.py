@@ -40,7 +40,7 @@ def join(coordinator: str = "", num_processes: int | None = None, process_id: in
 
 
 @contextlib.contextmanager
-def losses_named() -> Iterator[None]:
+def lost_hosts_named() -> Iterator[None]:
     """Turns the failure of a computation over several hosts into a UserError that says so."""
     try:
         yield

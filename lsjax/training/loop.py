@@ -40,7 +40,7 @@ class TrainResult(NamedTuple):
     profile: ExitProfile | None
 
 
-@hosts.losses_named()
+@hosts.lost_hosts_named()
 def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> TrainResult:
     """Trains until config.training.total_steps, resuming by itself from the latest checkpoint in `workdir`.
 

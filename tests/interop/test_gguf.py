@@ -13,21 +13,6 @@ import lsjax
 from lsjax.loading import read_model_config
 from tests.interop.test_huggingface import RECORDED
 
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "embed_tokens": "token_embd",
-    "lm_head": "output",
-    "norm": "output_norm",
-}
-
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
     """What llama.cpp's converter does to q and k: pairs (i, i + H/2) become neighbours."""
@@ -70,7 +55,7 @@ def write_gguf(path: Path, variant: str, kind: str = "F32", fields=(), without=(
     for name, weight in load_file(RECORDED / variant / "model.safetensors").items():
         for heads, projection in ((config["num_attention_heads"], "q_proj"), (config["num_key_value_heads"], "k_proj")):
             weight = permute(weight, heads) if projection in name else weight
-        stored[gguf_name(name)] = weight
+        stored[gguf_name(name, config["num_hidden_layers"])] = weight
     for name, weight in (stored | dict(tensors)).items():
         if name not in without:
             add_tensor(writer, name, weight, kind)
@@ -103,11 +88,9 @@ def add_tensor(writer: gguf.GGUFWriter, name: str, weight: np.ndarray, kind: str
         writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
 
 
-def gguf_name(name: str) -> str:
-    parts = name.removeprefix("model.").removesuffix(".weight").split(".")
-    if parts[0] == "layers":
-        return f"blk.{parts[1]}.{NAMES['.'.join(parts[2:])]}.weight"
-    return f"{NAMES['.'.join(parts)]}.weight"
+def gguf_name(name: str, layers: int) -> str:
+    """By the library's own table, which llama.cpp's converter uses."""
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers).get_name(name, try_suffixes=(".weight",))
 
 
 def llama3_factors() -> np.ndarray:

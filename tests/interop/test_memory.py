@@ -3,17 +3,19 @@
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from lsjax.config import ModelConfig
 from lsjax.data.tokenizer import train_tokenizer
+from lsjax.interop.huggingface import write_huggingface
+from lsjax.interop.tensors import abstract_params
 
 # Measured in a fresh process, around `load` alone: VmHWM is the peak of what the process had in memory.
 PROGRAM = """
 import jax, sys
 import lsjax
-from lsjax.interop.gguf import open_gguf
 
 def kilobytes(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
@@ -41,10 +43,6 @@ LARGE = ModelConfig(
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("stored", "wanted"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "stored")])
 def test_peak_memory_is_below_1_3_times_the_parameters(stored, wanted, tmp_path):
-    import jax
-
-    from lsjax.interop.huggingface import write_huggingface
-    from lsjax.interop.tensors import abstract_params
 
     zeros = jax.tree.map(lambda a: np.ones(a.shape, jax.numpy.dtype(stored)), abstract_params(LARGE))
     write_huggingface(tmp_path, LARGE, zeros, train_tokenizer(["text"], 300), shard_bytes=10**9)

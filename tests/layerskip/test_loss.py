@@ -9,7 +9,7 @@ import pytest
 
 from lsjax.data.batch import Batch
 from lsjax.layerskip.loss import multi_exit_loss
-from lsjax.model.transformer import exit_logits, hidden_states
+from lsjax.model.transformer import exit_logits, hidden_states, init_params
 from tests import numpy_llama
 
 ACTIVE = np.array([True, False, True, True])
@@ -115,6 +115,16 @@ def test_logits_never_exist_at_once(tiny, tiny_params, batch):
     one_exit = 2 * length * config.vocab_size * 4
     assert full.lower(params).compile().memory_analysis().temp_size_in_bytes > 4 * one_exit
     assert chunked.lower(params).compile().memory_analysis().temp_size_in_bytes < one_exit
+
+
+def test_no_layer_keeps_a_gradient_of_the_head(tiny, batch):
+    """Exits inside the layer scan, nothing recomputed: what is kept for the backward pass does not hold [L, V, D]."""
+    config = dataclasses.replace(tiny, vocab_size=8192, num_layers=16)
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    exits = {"exit_weights": np.ones(16, np.float32), "exit_active": np.ones(16, bool)}
+    gradient = jax.jit(jax.grad(lambda p: multi_exit_loss(p, batch, config, loss_chunk=4, **exits)[0]))
+    head = config.vocab_size * config.width * 4
+    assert gradient.lower(params).compile().memory_analysis().temp_size_in_bytes < 16 * head / 2
 
 
 def test_distillation_is_the_divergence_from_the_last_layer(tiny, tiny_params, batch):

@@ -1,16 +1,12 @@
 """FLOPs against published parameter counts, and against hand counts of a model small enough to do by hand."""
 
-import dataclasses
-
 import pytest
 
-from lsjax.config import Config, LayerSkipConfig, ModelConfig, TrainingConfig
+from lsjax.config import Config, ModelConfig, TrainingConfig
 from lsjax.scale.flops import (
-    exit_flops_per_token,
     forward_flops,
     model_flops_per_token,
     peak_flops,
-    skipped_flops_per_token,
     utilization,
 )
 
@@ -46,21 +42,6 @@ def test_grouped_heads_by_hand():
     assert flops.attention_full == 2 * (2 * 6 * 12 + 2 * 6 * 12)
     assert flops.attention_causal == 2 * 2 * 2 * 12 * (1 + 2 + 3 + 4 + 5 + 6) / 6
     assert flops.head == 2 * 8 * 7
-
-
-def test_exits_and_skipped_layers_are_counted_apart():
-    config = Config(model=LLAMA2_7B, training=TrainingConfig(sequence_length=4096))
-    head = 2 * 4096 * 32000
-    plain, cheap = (
-        LayerSkipConfig(),
-        LayerSkipConfig(exits_train_head=False, exit_token_stride=4, exit_distillation=1.0),
-    )
-    assert exit_flops_per_token(plain, LLAMA2_7B, 4) == 4 * 3 * head
-    assert exit_flops_per_token(cheap, LLAMA2_7B, 4) == (4 * 2 + 1) * head / 4
-    assert skipped_flops_per_token(config, 0.5) == 0
-    whole = dataclasses.replace(config, layerskip=LayerSkipConfig(dropout_granularity="batch"))
-    without_head = model_flops_per_token(config) - 3 * head
-    assert skipped_flops_per_token(whole, 0.5) == without_head / 2
 
 
 @pytest.mark.parametrize(
