@@ -80,6 +80,8 @@ class DataConfig:
     """`corpus`: "python" (the running interpreter's standard library), a folder of text, or a .jsonl file.
     `tokenizer`: a tokenizer.json; empty takes that of `initial_model`, or without one trains a byte-level BPE of
     model.vocab_size entries on the corpus.
+    `separate_documents`: whether positions and attention start anew at each document packed into a sequence; if not,
+    a token sees all that stands before it (and cuDNN's attention, which wants a mask for it, is faster).
     `directory`: where packed data is kept; empty means WORKDIR/data."""
 
     corpus: str = "python"
@@ -87,13 +89,16 @@ class DataConfig:
     text_key: str = "text"
     held_out_fraction: float = 0.03
     tokenizer: str = ""
+    separate_documents: bool = True
     directory: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """`batch_size`: sequences a step over all hosts. `compute_dtype`: "auto" is float32 on CPU, else bfloat16.
-    `rematerialize`: recompute each layer in the backward pass. `loss_chunk`: tokens whose logits exist at once.
+    `attention`: "auto" is flash attention where the platform has it, "flash" insists on it, "plain" avoids it.
+    `rematerialize`: what the backward pass recomputes to save memory, from "none" over "elementwise" and
+    "feed_forward" to "layer" (all but each layer's input). `loss_chunk`: tokens of a device whose logits exist at once.
     `scan_unroll`: layers per iteration of the layer loop. `frozen`: parameters that stay as they are, such as
     "embed" or "embed,layers/attention_norm" (paths as in lsjax/scale/sharding.py, or their beginnings)."""
 
@@ -110,7 +115,8 @@ class TrainingConfig:
     gradient_accumulation: int = 1
     seed: int = 0
     compute_dtype: str = "auto"
-    rematerialize: bool = True
+    attention: str = "auto"
+    rematerialize: str = "layer"
     loss_chunk: int = 1024
     scan_unroll: int = 1
     frozen: str = ""
@@ -262,6 +268,8 @@ def _check_training(config: Config) -> None:
     for name in ("final_learning_rate_fraction", "weight_decay", "seed"):
         _require(getattr(t, name) >= 0, f"config.training.{name} must not be negative, got {getattr(t, name)}")
     _choice("config.training.compute_dtype", t.compute_dtype, ("auto", "float32", "bfloat16"))
+    _choice("config.training.attention", t.attention, ("auto", "flash", "plain"))
+    _choice("config.training.rematerialize", t.rematerialize, ("none", "elementwise", "feed_forward", "layer"))
     _require(
         t.batch_size % t.gradient_accumulation == 0,
         f"config.training.batch_size ({t.batch_size}) must be a multiple of gradient_accumulation "

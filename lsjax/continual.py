@@ -62,7 +62,9 @@ def _profile_once(path: Path, model: Model, config: Config, workdir: Path) -> Ex
     prepare(config, directory, given=model.tokenizer)
     t, e = config.training, config.evaluation
     print(f"measuring exits of {config.initial_model} on held-out text ...", flush=True)
-    batches = held_out_batches(directory, t.batch_size, t.sequence_length, e.max_batches)
+    batches = held_out_batches(
+        directory, t.batch_size, t.sequence_length, e.max_batches, None, config.data.separate_documents
+    )
     profile = exit_profile(model.params, batches, model.config, e.exit_stride)
     _write_profile(path, profile, e.max_batches)
     return profile

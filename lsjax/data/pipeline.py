@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import grain
+import jax
 import numpy as np
 
 from lsjax.data.batch import Batch
@@ -19,6 +20,7 @@ def training_batches(
     *,
     first_batch: int = 0,
     rows: Sequence[int] | None = None,
+    separate_documents: bool = True,
 ) -> grain.DatasetIterator:
     """Endless batches from batch `first_batch` on: those of their B rows that this host holds (None: all).
 
@@ -27,11 +29,16 @@ def training_batches(
     """
     records = _records(directory, "train").shuffle(seed=seed).repeat()
     mine = _HostRows(records, batch_size, rows, first_batch)
-    return iter(_batched(mine, sequence_length).to_iter_dataset(_READ_OPTIONS))
+    return iter(_batched(mine, sequence_length, separate_documents).to_iter_dataset(_READ_OPTIONS))
 
 
 def held_out_batches(
-    directory: Path, batch_size: int, sequence_length: int, max_batches: int, rows: Sequence[int] | None = None
+    directory: Path,
+    batch_size: int,
+    sequence_length: int,
+    max_batches: int,
+    rows: Sequence[int] | None = None,
+    separate_documents: bool = True,
 ) -> list[Batch]:
     """Held-out sequences spread evenly over the files, always the same, in whole batches (at least one: rows
     repeat if they must). `max_batches` 0 means all."""
@@ -40,7 +47,8 @@ def held_out_batches(
     batches = min(batches, max_batches) if max_batches else batches
     stride = max(1, len(records) // (batches * batch_size))
     records = records[::stride] if len(records) >= batch_size else records.repeat()
-    return list(_batched(_HostRows(records[: batches * batch_size], batch_size, rows), sequence_length))
+    mine = _HostRows(records[: batches * batch_size], batch_size, rows)
+    return list(_batched(mine, sequence_length, separate_documents))
 
 
 # Records are small and in the page cache: a few threads keep ahead of any step without crowding the compute.
@@ -71,25 +79,24 @@ def _records(directory: Path, split: str) -> grain.MapDataset:
     return grain.MapDataset.source(grain.sources.ArrayRecordDataSource(str(record_path(directory, split))))
 
 
-def _batched(mine: _HostRows, sequence_length: int) -> grain.MapDataset:
-    return mine.map(functools.partial(unpack, sequence_length=sequence_length)).batch(
-        len(mine.rows), drop_remainder=True, batch_fn=_stack
-    )
+def _batched(mine: _HostRows, sequence_length: int, separate_documents: bool) -> grain.MapDataset:
+    read = functools.partial(unpack, sequence_length=sequence_length, separate_documents=separate_documents)
+    return mine.map(read).batch(len(mine.rows), drop_remainder=True, batch_fn=_stack)
 
 
-def unpack(record: bytes, sequence_length: int) -> Batch:
+def unpack(record: bytes, sequence_length: int, separate_documents: bool = True) -> Batch:
     """One record -> a Batch without its batch axis. A target from the next document gets weight 0."""
     tokens, owners = np.frombuffer(record, np.int32).reshape(2, sequence_length + 1)
     index = np.arange(sequence_length, dtype=np.int32)
     starts = np.concatenate([[True], owners[1:-1] != owners[:-2]])
-    return Batch(
-        tokens=tokens[:-1],
-        targets=tokens[1:],
-        weights=(owners[1:] == owners[:-1]).astype(np.float32),
+    text = Batch(tokens[:-1], tokens[1:], (owners[1:] == owners[:-1]).astype(np.float32))
+    if not separate_documents:
+        return text
+    return text._replace(
         positions=index - np.maximum.accumulate(np.where(starts, index, 0)),
         segment_ids=(np.cumsum(starts) - 1).astype(np.int32),
     )
 
 
 def _stack(rows: list[Batch]) -> Batch:
-    return Batch(*(np.stack(column) for column in zip(*rows, strict=True)))
+    return jax.tree.map(lambda *column: np.stack(column), *rows)

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lsjax.config import ModelConfig
-from lsjax.decoding.loops import Decoding, autoregressive_loop, begin, self_speculative_loop
-from lsjax.decoding.passes import Weights, init_cache, prefill
-from lsjax.decoding.strategies import Autoregressive, SelfSpeculative, Strategy, check_strategy, lookahead
+from lsjax.decoding.loops import Decoding
+from lsjax.decoding.passes import Weights
+from lsjax.decoding.programs import DecodeShape, lower_decoding
+from lsjax.decoding.strategies import Autoregressive, Strategy, check_strategy, lookahead
 from lsjax.errors import UserError
 from lsjax.loading import Model
+from lsjax.scale.sharding import replicated_like
 
 _CAPACITY_STEP = 64
 _SMALLEST_BUCKET = 16
@@ -103,7 +104,8 @@ class DecodeProgram:
         new = -(-batch.max_new_tokens // _CAPACITY_STEP) * _CAPACITY_STEP
         capacity = -(-(bucket + new + lookahead(strategy)) // _CAPACITY_STEP) * _CAPACITY_STEP
         self.strategy = strategy
-        self._arguments = (config, strategy, rows, bucket, capacity, new + lookahead(strategy), batch.stop.size)
+        shape = DecodeShape(rows, bucket, capacity, new + lookahead(strategy), batch.stop.size)
+        self._arguments = (config, strategy, shape)
 
     def compile(self, weights: Weights) -> float:
         """Compiles for these weights unless done before; seconds it took."""
@@ -116,9 +118,10 @@ class DecodeProgram:
     def run(self, model: Model, batch: PromptBatch) -> GenerateResult:
         """Decodes, timing prefill (to the first token) and the loop; compilation is never inside."""
         weights = model.decoder_weights
-        limit, stop = jnp.int32(batch.max_new_tokens), jnp.asarray(batch.stop)
-        tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)
-        jax.block_until_ready((weights, tokens, lengths, limit, stop))
+        everywhere = replicated_like(weights["embed"])
+        inputs = (batch.tokens, batch.lengths, np.int32(batch.max_new_tokens), batch.stop)
+        tokens, lengths, limit, stop = jax.block_until_ready(jax.device_put(inputs, everywhere))
+        jax.block_until_ready(weights)
         began = time.perf_counter()
         state = jax.block_until_ready(self._prefill(weights, tokens, lengths, limit, stop))
         first = time.perf_counter()
@@ -157,29 +160,7 @@ class DecodeProgram:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(
-    tree, leaves, config: ModelConfig, strategy: Strategy, rows: int, bucket: int, capacity: int, room: int, stops: int
-):
+def _compiled(tree, leaves, config: ModelConfig, strategy: Strategy, shape: "DecodeShape"):
     """(prefill, decode) executables for these weights' layout and these shapes."""
-    weights = jax.tree.unflatten(tree, leaves)
-    dtype = weights["embed"].dtype
-    int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
-    last_layer = strategy.exit_layer if strategy.name == "early_exit" else config.num_layers
-
-    def first_token(weights, tokens, lengths, limit, stop):
-        cache = init_cache(config, rows, capacity, dtype)
-        first, cache = prefill(weights, tokens, lengths, cache, config, range(last_layer))
-        return begin(cache, first, lengths, limit, stop, room)
-
-    def decode(weights, state, limit, stop):
-        if isinstance(strategy, SelfSpeculative):
-            drafting = (strategy.exit_layer, strategy.num_speculations)
-            return self_speculative_loop(weights, state, limit, stop, config, *drafting)
-        return autoregressive_loop(weights, state, limit, stop, config, last_layer)
-
-    inputs = (weights, int32(rows, bucket), int32(rows), int32(), int32(stops))
-    state = jax.eval_shape(first_token, *inputs)
-    return (
-        jax.jit(first_token).lower(*inputs).compile(),
-        jax.jit(decode, donate_argnums=1).lower(weights, state, int32(), int32(stops)).compile(),
-    )
+    programs = lower_decoding(jax.tree.unflatten(tree, leaves), config, strategy, shape)
+    return tuple(program.compile() for program in programs)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
-from lsjax.model.attention import attention, causal_mask
+from lsjax.model.attention import plain_attention
 from lsjax.model.rope import rotation
 from lsjax.model.transformer import Params, apply_layer, exit_logits
 from pallas_kernels.kv_cache import reference as kv_cache
@@ -72,14 +72,13 @@ def prefill(
     Padding is written to the cache too, but past each row's length, where it is never read.
     """
     batch, length = tokens.shape
-    mask = causal_mask(jnp.zeros((batch, length), jnp.int32))
     start = jnp.zeros(batch, jnp.int32)
     cos_sin = rotation(jnp.broadcast_to(jnp.arange(length), (batch, length)), config)
     x, cache = embed(weights, tokens), list(cache)
     for index in layers:
 
         def attend(q, k, v, old=cache[index]):
-            return attention(q, k, v, mask), kv_cache.write(old, k, v, start)
+            return plain_attention(q, k, v), kv_cache.write(old, k, v, start)
 
         x, cache[index] = apply_layer(weights["layers"][index], x, cos_sin, attend, config)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)

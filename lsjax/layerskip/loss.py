@@ -9,10 +9,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from lsjax.config import ModelConfig
 from lsjax.data.batch import Batch
+from lsjax.model.attention import AttentionFunction, plain_attention
 from lsjax.model.transformer import Params, final_norm, head_matrix, project_vocabulary, scan_layers
+from lsjax.scale.sharding import BATCH_AXES, width_axis
+
+EXIT_BRANCH = "exit_branch"  # the scope of the branch that leaves an exit out: compiled programs are read by it
 
 
 class _Text(NamedTuple):
@@ -28,7 +33,7 @@ def exit_losses(
     states: jax.Array,
     text: _Text,
     exit_weights: jax.Array,
-    exit_active: jax.Array,
+    exit_active: jax.Array | None,
     config: ModelConfig,
     chunk: int,
     distillation: float = 0.0,
@@ -36,8 +41,9 @@ def exit_losses(
 ) -> tuple[jax.Array, jax.Array]:
     """(sum_e w(e) (CE_e + distillation KL_e), CE_e [E]), summed over tokens; the second carries no gradient.
 
-    states [E,B,S,D] after E layers; an exit that is not active costs nothing. KL_e is the divergence of exit e from
-    the teacher, through which no gradient flows. Without `head_learns` the vocabulary projection has none either.
+    states [E,B,S,D] after E layers; an exit that is not active costs nothing (None: all are). KL_e is the divergence
+    of exit e from the teacher, through which no gradient flows. Without `head_learns` the vocabulary projection has
+    none either.
     """
     normed = final_norm(params, states, config)
     if text.teacher is not None:
@@ -64,7 +70,40 @@ _losses.defvjp(_losses_forward, _losses_backward)
 
 
 def _run(head, states, text: _Text, per_exit, static, with_gradient: bool):
-    """((objective, CE [E]), (gradient of head, of states)): chunk by chunk, in each exit by exit. States are normed."""
+    """((objective, CE [E]), (gradient of head, of states)), of the whole batch. States are normed."""
+    run = functools.partial(_run_rows, static=static, with_gradient=with_gradient)
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(head, states, text, per_exit)
+
+    # Each device judges its own rows with a head that is whole along D. By hand, since what the compiler would make of
+    # the sum over chunks and exits is a reduction over the devices for each of them; here it is one.
+    def mine(head, states, text, per_exit):
+        whole = {name: jax.lax.all_gather(a, "fsdp", axis=width_axis(name), tiled=True) for name, a in head.items()}
+        result, gradients = run(whole, states, text, per_exit)
+        result = jax.lax.psum(result, BATCH_AXES)
+        if gradients is None or gradients[0] is None:
+            return result, gradients
+        of_head = {
+            name: jax.lax.psum(jax.lax.psum_scatter(a, "fsdp", scatter_dimension=width_axis(name), tiled=True), "data")
+            for name, a in gradients[0].items()
+        }
+        return result, (of_head, gradients[1])
+
+    head_specs = {name: P(*["fsdp" if axis == width_axis(name) else None for axis in range(2)]) for name in head}
+    rows, states_spec = P(BATCH_AXES), P(None, BATCH_AXES)
+    learns = with_gradient and static[2]
+    gradient_specs = ((head_specs if learns else None), states_spec) if with_gradient else None
+    return jax.shard_map(
+        mine,
+        in_specs=(head_specs, states_spec, rows, P()),
+        out_specs=(P(), gradient_specs),
+        axis_names=set(BATCH_AXES),
+        check_vma=False,
+    )(head, states, text, per_exit)
+
+
+def _run_rows(head, states, text: _Text, per_exit, static, with_gradient: bool):
+    """The same of one device's rows: chunk by chunk, in each exit by exit."""
     chunk, distillation, head_learns = static
 
     def chunk_losses(head_sum, piece):
@@ -104,7 +143,10 @@ def _one_exit(head, loss_of, with_gradient: bool, head_sum, exit_):
         zero = jnp.float32(0.0)
         return head_sum, (zero, zero, jnp.zeros_like(x) if with_gradient else None)
 
-    return jax.lax.cond(active, run, skip, head_sum)
+    if active is None:
+        return run(head_sum)
+    with jax.named_scope(EXIT_BRANCH):
+        return jax.lax.cond(active, run, skip, head_sum)
 
 
 def _teach(head, text: _Text) -> jax.Array | None:
@@ -155,7 +197,8 @@ def multi_exit_loss(
     exits_train_head: bool = True,
     head_learns: bool = True,
     loss_chunk: int = 1024,
-    rematerialize: bool = False,
+    attention: AttentionFunction = plain_attention,
+    rematerialize: str = "none",
     unroll: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """J of Eq. 5, summed over tokens: (sum_l w(l) (CE_l + distillation KL_l), CE_l [L]), over batch.weights.
@@ -184,12 +227,13 @@ def multi_exit_loss(
         layer_mask=layer_mask,
         positions=batch.positions,
         segment_ids=batch.segment_ids,
+        attention=attention,
         rematerialize=rematerialize,
         unroll=unroll,
     )
     early_exits = _after_the_layers if distillation else _inside_the_layers
     x, objective, early_losses = early_exits(run_layers, early, sample, exit_weights, exit_active.at[-1].set(False))
-    last = (x[None], _Text(batch.targets, batch.weights), exit_weights[-1:], jnp.ones(1, bool))
+    last = (x[None], _Text(batch.targets, batch.weights), exit_weights[-1:], None)
     last_objective, last_loss = losses(params, *last, head_learns=head_learns)
     return objective + last_objective, jax.lax.stop_gradient(early_losses.at[-1].set(last_loss[0]))
 
@@ -201,17 +245,23 @@ def _inside_the_layers(run_layers, early, sample, exit_weights, exit_active):
     @jax.checkpoint
     def read(x, exit_):
         weight, active = exit_
-        objective, losses = early(sample(x)[None], exit_weights=weight[None], exit_active=active[None])
+        run = lambda x: early(sample(x)[None], exit_weights=weight[None], exit_active=None)  # noqa: E731
+        # The branch is taken out here and not for each chunk, so that nothing at all is sent for an exit that is off.
+        with jax.named_scope(EXIT_BRANCH):
+            objective, losses = jax.lax.cond(active, run, lambda _: (jnp.float32(0.0), jnp.zeros(1)), x)
         return objective, losses[0]
 
-    x, (objectives, losses) = run_layers(per_layer=(exit_weights, exit_active), read=read)
-    return x, jnp.sum(objectives), losses
+    # What layer l reads is the state of exit l - 1.
+    before = lambda a: jnp.concatenate([jnp.zeros_like(a[:1]), a[:-1]])  # noqa: E731
+    x, (objectives, losses) = run_layers(per_layer=(before(exit_weights), before(exit_active)), read=read)
+    return x, jnp.sum(objectives), jnp.roll(losses, -1)
 
 
 def _after_the_layers(run_layers, early, sample, exit_weights, exit_active):
     """(x_L, objective, CE [L]) with the last layer's state as teacher of the others, all kept until it is known."""
     x, states = run_layers(read=lambda x, _: sample(x))
-    teacher = jax.lax.stop_gradient(states[-1])
+    teacher = jax.lax.stop_gradient(sample(x))
+    states = jnp.concatenate([states[1:], teacher[None]])  # the last one is not judged here
     text = early.keywords["text"]._replace(teacher=teacher)
     return x, *early(states, text=text, exit_weights=exit_weights, exit_active=exit_active)
 

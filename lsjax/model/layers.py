@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
+from lsjax.model.rematerialize import keep
 from lsjax.model.rope import rotate
 
 # attend(q [B,S,K,G,H], k [B,S,K,H], v [B,S,K,H]) -> (mixed [B,S,K,G,H], state), G = N/K query heads per KV head.
@@ -45,11 +46,12 @@ class Attention(nn.Module):
         group = c.num_heads // c.num_kv_heads
         init = nn.initializers.normal(_INIT_STDDEV)
         kernel = self.param("qkv", init, (c.width, c.num_kv_heads, group + 2, c.head_width))
-        qkv = jnp.einsum("bsd,dkgh->bskgh", x, kernel)
+        qkv = keep(jnp.einsum("bsd,dkgh->bskgh", x, kernel), "qkv")
         q, k, v = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
         mixed, state = attend(rotate(q, cos_sin), rotate(k, cos_sin), v)
         out = self.param("output", _residual_init(c), (c.num_kv_heads, group, c.head_width, c.width))
-        return jnp.einsum("bskgh,kghd->bsd", mixed, out), state
+        mixed = keep(mixed, "attention")
+        return keep(jnp.einsum("bskgh,kghd->bsd", mixed, out), "attention_output"), state
 
 
 class SwiGLU(nn.Module):
@@ -62,7 +64,7 @@ class SwiGLU(nn.Module):
         c = self.config
         init = nn.initializers.normal(_INIT_STDDEV)
         kernel = self.param("gate_up", init, (c.width, 2, c.feed_forward_width))
-        gate_up = jnp.einsum("bsd,dcf->bscf", x, kernel)
+        gate_up = keep(jnp.einsum("bsd,dcf->bscf", x, kernel), "gate_up")
         down = self.param("down", _residual_init(c), (c.feed_forward_width, c.width))
         return jnp.einsum("bsf,fd->bsd", nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], down)
 

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
-from lsjax.model.attention import attention, causal_mask
+from lsjax.model.attention import AttentionFunction, plain_attention
 from lsjax.model.layers import DecoderLayer, RMSNorm
+from lsjax.model.rematerialize import rematerialized
 from lsjax.model.rope import rotation
-from lsjax.scale.sharding import constrain
+from lsjax.scale.sharding import constrain, whole_along_width
 
 Params = dict[str, Any]
+LAYER_BRANCH = "layer_branch"  # the scope of the branch that skips a layer: compiled programs are read by it
 
 
 def init_params(key: jax.Array, config: ModelConfig) -> Params:
@@ -80,36 +82,36 @@ def scan_layers(
     segment_ids: jax.Array | None = None,
     per_layer: Any = None,
     read: Callable[[jax.Array, Any], Any] = lambda x, _: None,
-    rematerialize: bool = False,
+    attention: AttentionFunction = plain_attention,
+    rematerialize: str = "none",
     unroll: int = 1,
 ) -> tuple[jax.Array, Any]:
-    """Runs all layers and reads something off each one's output, without keeping the outputs.
+    """Runs all layers and reads something off each one's input, without keeping the inputs.
 
     tokens [B,S]; layer_mask: see `masked_update`; positions and segment_ids [B,S] for packed documents
-    (default: one document a row); per_layer: a tree of [L, ...] arrays; read(x_{l+1}, per_layer[l]) -> anything.
+    (default: one document a row); per_layer: a tree of [L, ...] arrays; read(x_l, per_layer[l]) -> anything;
+    rematerialize: what the backward pass recomputes of a layer (lsjax/model/rematerialize.py). Inputs are what a scan
+    keeps anyway: of an output, the last product of its layer would have to be computed again for `read`.
     Returns (x_L [B,S,D], what `read` gave, stacked [L, ...]).
     """
     tokens = jnp.asarray(tokens)
     batch, length = tokens.shape
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    if segment_ids is None:
-        segment_ids = jnp.zeros((batch, length), jnp.int32)
     cos_sin = rotation(positions, config)
-    mask = causal_mask(segment_ids)
 
     def update(layer, x):
-        attend = lambda q, k, v: (attention(q, k, v, mask), None)  # noqa: E731
+        attend = lambda q, k, v: (attention(q, k, v, segment_ids), None)  # noqa: E731
         return DecoderLayer(config).apply({"params": layer}, x, cos_sin, attend)[0]
 
     def body(x, layer_inputs):
         layer, keep, extra = layer_inputs
-        x = constrain(masked_update(lambda y: update(layer, y), x, keep), "batch", None, None)
-        return x, read(x, extra)
+        seen = read(x, extra)
+        return constrain(masked_update(lambda y: update(layer, y), x, keep), "batch", None, None), seen
 
-    if rematerialize:
-        body = jax.checkpoint(body, prevent_cse=False)
-    x = constrain(params["embed"][tokens], "batch", None, None)
+    body = rematerialized(body, rematerialize)
+    # Rows are looked up in a table that is whole along D: split along it, the compiler would replicate the result.
+    x = constrain(constrain(params["embed"], *whole_along_width("embed"))[tokens], "batch", None, None)
     return jax.lax.scan(body, x, (params["layers"], layer_mask, per_layer), unroll=unroll)
 
 
@@ -119,7 +121,8 @@ def masked_update(update: Callable[[jax.Array], jax.Array], x: jax.Array, keep: 
         return x + update(x)
     keep = keep.astype(x.dtype)
     if keep.ndim == 0:
-        return jax.lax.cond(keep != 0, lambda y: y + keep * update(y), lambda y: y, x)
+        with jax.named_scope(LAYER_BRANCH):
+            return jax.lax.cond(keep != 0, lambda y: y + keep * update(y), lambda y: y, x)
     return x + keep[:, None, None] * update(x)
 
 
@@ -134,4 +137,5 @@ def forward(params: Params, tokens: jax.Array, config: ModelConfig, layer_mask: 
 
 def hidden_states(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Array:
     """The state after each layer, before the final norm: tokens int [B,S] -> [L,B,S,D]."""
-    return scan_layers(params, tokens, config, read=lambda x, _: x)[1]
+    last, inputs = scan_layers(params, tokens, config, read=lambda x, _: x)
+    return jnp.concatenate([inputs[1:], last[None]])

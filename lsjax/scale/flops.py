@@ -1,25 +1,17 @@
-"""How many floating point operations a token costs, counted from the model's shape, and how much of a chip that is.
+"""How many floating point operations a token costs, counted from the model's shape.
 
-XLA's own count takes the body of a layer loop once, so it is no use here.
+XLA's own count takes the body of a layer loop once, so it is no use here. Matrix products only, 2 for each
+multiplication and addition.
 """
 
 from typing import NamedTuple
 
-import jax
+import numpy as np
 
 from lsjax.config import Config, ModelConfig
-
-# Peak dense bfloat16 FLOP/s of one device, from the vendors' data sheets, by the beginning of jax's `device_kind`.
-_PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from lsjax.layerskip.dropout import layer_dropout_rates
+from lsjax.layerskip.exits import exit_curriculum
+from lsjax.scale.hardware import Chip
 
 
 class TokenFlops(NamedTuple):
@@ -37,7 +29,6 @@ class TokenFlops(NamedTuple):
 
 
 def forward_flops(config: ModelConfig, sequence_length: int) -> TokenFlops:
-    """Matrix products only: 2 per multiplication and addition."""
     c, S = config, sequence_length
     projections = c.width * c.head_width * (2 * c.num_heads + 2 * c.num_kv_heads)
     layer = 2 * (projections + 3 * c.width * c.feed_forward_width)
@@ -56,15 +47,82 @@ def model_flops_per_token(config: Config, causal: bool = False) -> float:
     return 3 * forward_flops(config.model, config.training.sequence_length).model(causal)
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """FLOP/s in bfloat16; None for a device that is not in the table (a CPU, say)."""
-    kinds = [kind for kind in _PEAKS if device.device_kind.startswith(kind)]
-    return _PEAKS[max(kinds, key=len)] if kinds else None
+class StepFlops(NamedTuple):
+    """FLOPs of one token in training, mean over the run. `exits`: early exits beside the last layer's; `skipped`:
+    layers that dropout really leaves out; `recomputed`: by rematerialisation and inside the attention kernel.
+    `executed` is what the hardware does: model, with causal attention, + exits - skipped + recomputed."""
+
+    model: float
+    model_causal: float
+    exits: float
+    skipped: float
+    recomputed: float
+
+    @property
+    def executed(self) -> float:
+        return self.model_causal + self.exits - self.skipped + self.recomputed
 
 
-def utilization(config: Config, tokens_per_second: float, devices: int, peak: float) -> dict[str, float]:
+def step_flops(config: Config) -> StepFlops:
+    c, s = config.model, config.layerskip
+    forward = forward_flops(c, config.training.sequence_length)
+    run = 1 - skipped_share(config)
+    # Forward, gradient of the states and of the head; inside the layer loop the forward is done again.
+    passes = 2 + s.exits_train_head + (0 if s.exit_distillation else 1)
+    recomputed = run * (_recomputed_layers(config, forward) + forward.attention_causal / 2)
+    return StepFlops(
+        model=3 * forward.model(),
+        model_causal=3 * forward.model(causal=True),
+        exits=passes * forward.head * early_exits(config) / s.exit_token_stride,
+        skipped=3 * (1 - run) * (forward.layers + forward.attention_causal),
+        recomputed=recomputed,
+    )
+
+
+def _recomputed_layers(config: Config, forward: TokenFlops) -> float:
+    """Of a forward pass done again, by policy; the last product of a layer never is (its result is not needed)."""
+    c, policy = config.model, config.training.rematerialize
+    gate_up = c.num_layers * 2 * 2 * c.width * c.feed_forward_width
+    if policy == "layer":
+        return forward.layers - gate_up / 2 + forward.attention_causal
+    return gate_up if policy == "feed_forward" else 0.0
+
+
+def skipped_share(config: Config) -> float:
+    """Mean over layers and steps of the layers whose compute is left out: only whole batches skip."""
+    s = config.layerskip
+    if s.dropout_granularity != "batch" or not s.dropout_max_rate:
+        return 0.0
+    return float(np.mean([_dropout_rates(config, step) for step in _sampled_steps(config)]))
+
+
+def early_exits(config: Config) -> float:
+    """Mean number of exits a step beside the last one."""
+    c, s, t = config.model, config.layerskip, config.training
+    steps = _sampled_steps(config) if s.exit_curriculum == "gradual" else range(s.exit_rotation)
+    active = [
+        np.asarray(exit_curriculum(s.exit_curriculum, c.num_layers, step, t.total_steps, s.exit_rotation))
+        for step in steps
+    ]
+    return float(np.mean([a[s.exit_first - 1 : -1].sum() for a in active]))
+
+
+def _dropout_rates(config: Config, step: int) -> np.ndarray:
+    s = config.layerskip
+    schedules = s.dropout_depth_schedule, s.dropout_time_schedule
+    total = config.training.total_steps
+    return np.asarray(layer_dropout_rates(config.model.num_layers, s.dropout_max_rate, step, total, *schedules))
+
+
+def _sampled_steps(config: Config) -> np.ndarray:
+    """Steps spread evenly over the run, for the mean of a schedule."""
+    total = config.training.total_steps
+    return np.unique(np.linspace(0, total - 1, min(total, 65)).astype(int))
+
+
+def utilization(config: Config, tokens_per_second: float, devices: int, chip: Chip) -> dict[str, float]:
     """Model FLOPs utilisation in both conventions: {"mfu": full attention, "mfu_causal": causal}."""
-    achieved = tokens_per_second / (devices * peak)
+    achieved = tokens_per_second / (devices * chip.peak_flops)
     return {
         "mfu": model_flops_per_token(config) * achieved,
         "mfu_causal": model_flops_per_token(config, causal=True) * achieved,

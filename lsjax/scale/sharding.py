@@ -15,9 +15,11 @@ from lsjax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
+BATCH_AXES = ("data", "fsdp")
+
 # Logical axis -> mesh axes. What is not named here is whole on every device.
 RULES = {
-    "batch": ("data", "fsdp"),
+    "batch": BATCH_AXES,
     "width": "fsdp",
     "kv_heads": "tensor",
     "feed_forward": "tensor",
@@ -81,6 +83,41 @@ def tree_shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
+def decoder_shardings(weights, mesh: Mesh):
+    """Shardings of a decoder's weights (layers unstacked, `layers/0/attention/qkv`): split along `tensor` alone. What
+    training gathers layer by layer would here be gathered for every token."""
+
+    def leaf_sharding(path, leaf):
+        keys = [_key_name(key) for key in path]
+        in_layer = keys[0] == "layers"
+        axes = PARAMETER_AXES["/".join([keys[0], *keys[2:]] if in_layer else keys)][in_layer:]
+        partition = spec(*(None if axis == "width" else axis for axis in axes))
+        return NamedSharding(mesh, _checked(partition, leaf.shape, mesh, "/".join(keys)))
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, weights)
+
+
+def decoding_shardings(state, mesh: Mesh):
+    """Shardings of the state of a decoding loop: caches [B,K,C,H] along their heads, the rest whole everywhere."""
+
+    def leaf_sharding(leaf):
+        return NamedSharding(mesh, spec(None, "kv_heads", None, None) if leaf.ndim == 4 else P())
+
+    return jax.tree.map(leaf_sharding, state)
+
+
+def mesh_of(array) -> Mesh | None:
+    """The mesh over which an array (or its description) is laid out; None when it lies on one device."""
+    sharding = getattr(array, "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+def replicated_like(array):
+    """A sharding that is whole on every device that holds `array`."""
+    mesh = mesh_of(array)
+    return NamedSharding(mesh, P()) if mesh else array.sharding
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 
@@ -89,6 +126,22 @@ def check_batch(batch_size: int, mesh: Mesh, key: str) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % ways:
         raise UserError(f"{key} is {batch_size} sequences, which do not divide over data x fsdp = {ways} devices")
+
+
+def width_axis(parameter: str) -> int:
+    """Which axis of a parameter (a path of PARAMETER_AXES) the fsdp mesh axis splits."""
+    return PARAMETER_AXES[parameter].index("width")
+
+
+def whole_along_width(parameter: str) -> tuple[str | None, ...]:
+    """The logical axes of a parameter whose parts along fsdp have been gathered for use."""
+    return tuple(None if axis == "width" else axis for axis in PARAMETER_AXES[parameter])
+
+
+def batch_ways() -> int:
+    """Into how many parts the mesh that is set splits a batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def _key_name(key) -> str:

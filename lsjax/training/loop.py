@@ -21,9 +21,11 @@ from lsjax.errors import UserError
 from lsjax.evaluation.exits import ExitProfile, exit_profile
 from lsjax.interop.source import ModelSource
 from lsjax.loading import open_model
+from lsjax.model.execution import choose_execution
 from lsjax.model.transformer import count_params
 from lsjax.scale import hosts
-from lsjax.scale.flops import peak_flops, utilization
+from lsjax.scale.flops import utilization
+from lsjax.scale.hardware import chip_of
 from lsjax.scale.sharding import batch_sharding, check_batch, make_mesh
 from lsjax.training import workdir as workdirs
 from lsjax.training.metrics import NoLog, RunLog, active_exit_losses, describe_evaluation, describe_step
@@ -68,6 +70,7 @@ def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> Train
         first_step = int(state.step)
         start = f"resuming at step {first_step}" if first_step else f"starting from {config.initial_model or 'random'}"
         say(f"{start}: {count_params(config.model):,} parameters on {describe_devices(mesh)}")
+        say(f"computing in {choose_execution(config, mesh.devices.flat[0].platform)}")
 
         # ---- Go.
         log = hosts.leader_first(lambda: RunLog(workdir, first_step) if hosts.is_leader() else NoLog())
@@ -131,6 +134,7 @@ class _Run:
 
     def __init__(self, config, mesh, directory, checkpoints, log, display):
         self.config, self.mesh, self.directory = config, mesh, directory
+        self.execution = choose_execution(config, mesh.devices.flat[0].platform)
         self.checkpoints, self.log, self.display = checkpoints, log, display
         self.profile: ExitProfile | None = None
         self.clock = (time.monotonic(), 0)  # when the last logged step ended, and which it was
@@ -140,7 +144,13 @@ class _Run:
         train_step = make_train_step(self.config, self.mesh)
         rows = hosts.batch_rows(sharding, t.batch_size)
         batches = training_batches(
-            self.directory, t.batch_size, t.sequence_length, t.seed, first_batch=first_step, rows=rows
+            self.directory,
+            t.batch_size,
+            t.sequence_length,
+            t.seed,
+            first_batch=first_step,
+            rows=rows,
+            separate_documents=self.config.data.separate_documents,
         )
         stop_vote = hosts.StopVote(self.mesh)
         pending: tuple[int, StepMetrics, Any] | None = None
@@ -192,12 +202,13 @@ class _Run:
 
     def _evaluate(self, state: TrainState) -> ExitProfile:
         began = time.monotonic()
-        t, sharding = self.config.training, batch_sharding(self.mesh)
+        c, t, sharding = self.config, self.config.training, batch_sharding(self.mesh)
         rows = hosts.batch_rows(sharding, t.batch_size)
-        most = self.config.evaluation.max_batches
-        batches = held_out_batches(self.directory, t.batch_size, t.sequence_length, most, rows)
+        batches = held_out_batches(
+            self.directory, t.batch_size, t.sequence_length, c.evaluation.max_batches, rows, c.data.separate_documents
+        )
         put = (put_batch(batch, rows, t.batch_size, sharding) for batch in batches)
-        self.profile = exit_profile(state.params, put, self.config.model, self.config.evaluation.exit_stride)
+        self.profile = exit_profile(state.params, put, c.model, c.evaluation.exit_stride, self.execution)
         then, previous = self.clock
         self.clock = (then + time.monotonic() - began, previous)  # evaluation is no training time
         return self.profile
@@ -208,10 +219,10 @@ class _Run:
 
 
 def describe_speed(config: Config, tokens_per_second: float, mesh: Mesh) -> dict[str, float]:
-    """For each device, and where its peak is known (lsjax/scale/flops.py), model FLOPs utilisation."""
-    peak = peak_flops(mesh.devices.flat[0])
+    """For each device, and where its peak is known (lsjax/scale/hardware.py), model FLOPs utilisation."""
+    chip = chip_of(mesh.devices.flat[0].device_kind)
     speed = {"tokens_per_second_per_device": round(tokens_per_second / mesh.size, 1)}
-    return speed | (utilization(config, tokens_per_second, mesh.size, peak) if peak else {})
+    return speed | (utilization(config, tokens_per_second, mesh.size, chip) if chip else {})
 
 
 def put_batch(batch: Batch, rows: np.ndarray, batch_size: int, sharding) -> Batch:
@@ -222,7 +233,7 @@ def put_batch(batch: Batch, rows: np.ndarray, batch_size: int, sharding) -> Batc
         wanted = lambda index: column[np.isin(rows, np.arange(batch_size)[index[0]])]  # noqa: E731
         return jax.make_array_from_callback(shape, sharding, wanted)
 
-    return Batch(*map(put, batch))
+    return jax.tree.map(put, batch)
 
 
 def _check_finite(step: int, metrics: StepMetrics) -> None:

@@ -14,6 +14,7 @@ from lsjax.data.batch import Batch
 from lsjax.layerskip.dropout import draw_layer_mask, layer_dropout_rates
 from lsjax.layerskip.exits import exit_curriculum, exit_weights
 from lsjax.layerskip.loss import multi_exit_loss
+from lsjax.model.execution import COMPILER_OPTIONS, Execution, choose_execution
 from lsjax.model.transformer import Params, head_matrix, init_params
 from lsjax.scale.sharding import batch_sharding, tree_shardings
 from lsjax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
@@ -57,14 +58,6 @@ def recipe_at(step: jax.Array | int, config: Config) -> Recipe:
     return Recipe(rates, active, exit_weights(layers, s.exit_scale, active, s.exit_weight_floor))
 
 
-def compute_dtype(config: Config) -> jnp.dtype:
-    """float32 on CPU, where bfloat16 is slow; bfloat16 elsewhere, with float32 master weights."""
-    name = config.training.compute_dtype
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
 def init_state(config: Config) -> TrainState:
     """Random parameters from training.seed, and a fresh optimizer."""
     params = init_params(jax.random.key(config.training.seed), config.model)
@@ -77,20 +70,29 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
 
 def make_train_step(config: Config, mesh: Mesh):
     """jitted (state, batch) -> (state, StepMetrics). `state` is donated; rotation of exits never recompiles."""
-    shardings = state_shardings(config, mesh)
+    shardings, platform = state_shardings(config, mesh), mesh.devices.flat[0].platform
     replicated = NamedSharding(mesh, P())
     return jax.jit(
-        functools.partial(train_step, config=config, gradient_shardings=shardings.params),
+        functools.partial(
+            train_step,
+            config=config,
+            execution=choose_execution(config, platform),
+            gradient_shardings=shardings.params,
+        ),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
+        compiler_options=COMPILER_OPTIONS[platform],
     )
 
 
-def train_step(state: TrainState, batch: Batch, *, config: Config, gradient_shardings=None):
+def train_step(
+    state: TrainState, batch: Batch, *, config: Config, execution: Execution | None = None, gradient_shardings=None
+):
     """One optimizer update from one batch [B, S] (split into gradient_accumulation parts)."""
     recipe = recipe_at(state.step, config)
-    gradients, loss, exit_losses = _accumulate(state, batch, recipe, config)
+    execution = execution or choose_execution(config)
+    gradients, loss, exit_losses = _accumulate(state, batch, recipe, config, execution)
     if gradient_shardings is not None:  # the compiler, left alone, has replicated gradients
         gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
     updates, optimizer = make_optimizer(config.training).update(gradients, state.optimizer, state.params)
@@ -105,7 +107,7 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, gradient_shar
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer), metrics
 
 
-def _accumulate(state: TrainState, batch: Batch, recipe: Recipe, config: Config):
+def _accumulate(state: TrainState, batch: Batch, recipe: Recipe, config: Config, execution: Execution):
     """Mean gradient, loss and exit losses per learned token, over the microbatches."""
     t = config.training
     tokens = jnp.maximum(jnp.sum(batch.weights), 1.0)
@@ -114,7 +116,9 @@ def _accumulate(state: TrainState, batch: Batch, recipe: Recipe, config: Config)
 
     def microbatch(index, part):
         mask_key = jax.random.fold_in(key, index)
-        (loss, exit_losses), gradients = gradient_of(state.params, part, recipe, state.step, mask_key, config)
+        (loss, exit_losses), gradients = gradient_of(
+            state.params, part, recipe, state.step, mask_key, config, execution
+        )
         return gradients, loss, exit_losses
 
     if t.gradient_accumulation == 1:
@@ -128,9 +132,16 @@ def _accumulate(state: TrainState, batch: Batch, recipe: Recipe, config: Config)
     return jax.tree.map(lambda a: a / tokens, total)
 
 
-def _loss_sum(params: Params, batch: Batch, recipe: Recipe, step: jax.Array, mask_key: jax.Array, config: Config):
+def _loss_sum(
+    params: Params,
+    batch: Batch,
+    recipe: Recipe,
+    step: jax.Array,
+    mask_key: jax.Array,
+    config: Config,
+    execution: Execution,
+):
     t, s = config.training, config.layerskip
-    dtype = compute_dtype(config)
     mask = None
     if s.dropout_max_rate > 0:
         mask = draw_layer_mask(
@@ -139,7 +150,7 @@ def _loss_sum(params: Params, batch: Batch, recipe: Recipe, step: jax.Array, mas
     frozen = is_frozen(t, params)
     params = jax.tree.map(lambda a, still: jax.lax.stop_gradient(a) if still else a, params, frozen)
     return multi_exit_loss(
-        jax.tree.map(lambda a: a.astype(dtype), params),
+        jax.tree.map(lambda a: a.astype(execution.compute_dtype), params),
         batch,
         config.model,
         exit_weights=recipe.exit_weights,
@@ -151,6 +162,7 @@ def _loss_sum(params: Params, batch: Batch, recipe: Recipe, step: jax.Array, mas
         exits_train_head=s.exits_train_head,
         head_learns=not jax.tree.leaves(head_matrix(frozen))[0],
         loss_chunk=t.loss_chunk,
+        attention=execution.attention.attend,
         rematerialize=t.rematerialize,
         unroll=t.scan_unroll,
     )

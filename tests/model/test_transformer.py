@@ -63,7 +63,9 @@ def test_a_mask_for_the_whole_batch_equals_the_same_mask_per_sample(tiny, tiny_p
 def test_packed_documents_do_not_see_each_other(tiny, tiny_params):
     tokens = np.array([[5, 9, 2, 300, 17, 41, 8]])
     segments, positions = np.array([[0, 0, 0, 1, 1, 1, 1]]), np.array([[0, 1, 2, 0, 1, 2, 3]])
-    _, states = scan_layers(tiny_params, tokens, tiny, positions=positions, segment_ids=segments, read=lambda x, _: x)
+    packed = {"positions": positions, "segment_ids": segments}
+    last, inputs = scan_layers(tiny_params, tokens, tiny, **packed, read=lambda x, _: x)
+    states = np.concatenate([inputs[1:], last[None]])
     alone = hidden_states(tiny_params, tokens[:, 3:], tiny)
     np.testing.assert_allclose(states[:, :, 3:], alone, rtol=1e-5, atol=1e-5)
 

@@ -6,9 +6,9 @@ from lsjax.config import Config, ModelConfig, TrainingConfig
 from lsjax.scale.flops import (
     forward_flops,
     model_flops_per_token,
-    peak_flops,
     utilization,
 )
+from lsjax.scale.hardware import CHIPS, chip_of
 
 LLAMA2_7B = ModelConfig(
     num_layers=32,
@@ -48,15 +48,13 @@ def test_grouped_heads_by_hand():
     ("kind", "peak"), [("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None)]
 )
 def test_peaks_are_found_by_the_devices_own_name(kind, peak):
-    class Device:
-        device_kind = kind
-
-    assert peak_flops(Device()) == peak
+    chip = chip_of(kind)
+    assert (chip and chip.peak_flops) == peak
 
 
 def test_utilization_is_the_share_of_the_peak():
     config = Config(model=LLAMA2_7B, training=TrainingConfig(sequence_length=4096))
     at_peak = 64 * 989e12 / model_flops_per_token(config)
-    found = utilization(config, at_peak / 2, 64, 989e12)
+    found = utilization(config, at_peak / 2, 64, CHIPS["gpu:h100"])
     assert found["mfu"] == pytest.approx(0.5)
     assert 0.4 < found["mfu_causal"] < 0.5

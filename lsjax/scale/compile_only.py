@@ -1,0 +1,90 @@
+"""Devices that are not there: XLA compiles for them, on any machine, and nothing can run on them.
+
+Needs the extra `ahead`: libtpu for TPU, JAX's CUDA plugin (without CUDA itself) for GPU.
+"""
+
+import os
+
+import jax
+from jax.experimental import topologies
+
+from lsjax.errors import UserError
+from lsjax.scale.hardware import Chip, Topology
+
+# Multiprocessors, L2 cache, clock and shared memory of a GPU: what XLA:GPU's cost models and tilings ask for.
+_GPU_DETAILS = {
+    "gpu:a100-40": (108, 41_943_040, 1.41, 163_840 + 4_096, (8, 0)),
+    "gpu:a100-80": (108, 41_943_040, 1.41, 163_840 + 4_096, (8, 0)),
+    "gpu:h100": (132, 52_428_800, 1.98, 233_472, (9, 0)),
+    "gpu:h200": (132, 52_428_800, 1.98, 233_472, (9, 0)),
+}
+
+
+def prepare() -> None:
+    """Keeps libtpu from looking for a TPU, and JAX from wanting more than the CPU to run on. To be called before
+    anything else touches JAX's devices."""
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+
+
+def compile_only_devices(topology: Topology) -> list[jax.Device]:
+    """Raises UserError when the extra `ahead` is missing, or no such slice exists."""
+    make = {"tpu": _tpu, "gpu": _gpu}[topology.chip.platform]
+    try:
+        return make(topology)
+    except (RuntimeError, ValueError, NotImplementedError, FileNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        missing = any(word in reason.lower() for word in ("libtpu", "backend", "unable to initialize", "plugin"))
+        fix = "; install the compilers with: pip install 'lsjax[ahead]'" if missing else ""
+        raise UserError(f"cannot describe --topology={topology}: {reason}{fix}") from None
+
+
+def _tpu(topology: Topology) -> list[jax.Device]:
+    name = f"{topology.chip.name.removeprefix('tpu:')}:{'x'.join(map(str, topology.shape))}"
+    options = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}
+    if topology.chip.name == "tpu:v4":  # otherwise its two cores would be devices of their own
+        options["chip_config_name"] = "megacore"
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+
+
+def _gpu(topology: Topology) -> list[jax.Device]:
+    hosts, gpus = topology.shape
+    return topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=topology.chip.device_kind,
+        target_config=_gpu_target(topology.chip),
+        topology=f"1x{hosts}x{gpus}",
+    ).devices
+
+
+def _gpu_target(chip: Chip) -> str:
+    """XLA's GpuTargetConfigProto as text."""
+    processors, l2_cache, clock, shared_memory, (major, minor) = _GPU_DETAILS[chip.name]
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {shared_memory}
+  threads_per_core_limit: 2048
+  core_count: {processors}
+  fpus_per_core: {64 if major == 8 else 128}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {int(chip.memory_bandwidth)}
+  l2_cache_size: {l2_cache}
+  clock_rate_ghz: {clock}
+  device_memory_size: {chip.memory_bytes}
+  shared_memory_per_block_optin: {shared_memory - 1024}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{chip.device_kind}"
+"""
