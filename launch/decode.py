@@ -29,6 +29,7 @@ PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 64, "Length of the held-ou
 STRATEGIES = flags.DEFINE_list("strategies", ",".join(NAMES), f"Which of {', '.join(NAMES)} to run.")
 EXIT_LAYER = flags.DEFINE_integer("exit_layer", None, "E: layers that draft (default: a quarter of the layers).")
 NUM_SPECULATIONS = flags.DEFINE_integer("num_speculations", 4, "d: tokens drafted a round.")
+TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over (tensor parallelism).")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Prompts decoded together.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate for each prompt.")
 REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements of each prompt and strategy.")
@@ -43,7 +44,7 @@ def main() -> None:
 
     if REPORT.value:
         check_writable(Path(REPORT.value), "--report")
-    model = load(MODEL.value)
+    model = load(MODEL.value, tensor=TENSOR.value)
     report = benchmark(
         model,
         _prompts(model),

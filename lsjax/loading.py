@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.checkpoint import latest_step, load_params, stored_dtypes
-from lsjax.config import ModelConfig
+from lsjax.config import MeshConfig, ModelConfig
 from lsjax.data.tokenizer import Tokenizer, load_tokenizer
 from lsjax.decoding.passes import Weights, decoder_weights
 from lsjax.errors import UserError
@@ -18,6 +18,7 @@ from lsjax.interop.huggingface import is_huggingface_config, open_huggingface, r
 from lsjax.interop.source import ModelSource, abstract_like, check_vocabulary
 from lsjax.interop.tensors import abstract_params
 from lsjax.model.transformer import Params
+from lsjax.scale.sharding import make_mesh, tree_shardings
 from lsjax.training import workdir as workdirs
 
 
@@ -57,18 +58,30 @@ def default_dtype() -> jnp.dtype:
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def load(path: str | Path, dtype: str | jnp.dtype | None = None) -> Model:
-    """The model at a path, whole on one device: a training workdir (its latest checkpoint), a Hugging Face folder
-    or a GGUF file.
+def load(path: str | Path, dtype: str | jnp.dtype | None = None, tensor: int = 1) -> Model:
+    """The model at a path: a training workdir (its latest checkpoint), a Hugging Face folder or a GGUF file.
 
     dtype: of the parameters; None is float32 on CPU and bfloat16 elsewhere, "stored" keeps what the files have.
-    Raises UserError that says what is missing, damaged or unknown; a model is loaded whole or not at all.
+    tensor: devices to split it over, by heads, feed-forward and vocabulary; each then computes its part of every
+    token. Raises UserError that says what is missing, damaged or unknown, or does not divide; a model is loaded whole
+    or not at all.
     """
     source = open_model(path)
     dtype = source.stored_dtypes() if dtype == "stored" else jnp.dtype(dtype or default_dtype())
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = source.load_params(abstract_like(abstract_params(source.config), dtype, here))
+    abstract = abstract_params(source.config)
+    params = source.load_params(abstract_like(abstract, dtype, _placement(abstract, tensor)))
     return Model(source.config, params, source.tokenizer, str(path), source.step)
+
+
+def _placement(abstract: Params, tensor: int):
+    """Shardings of parameters: the first device, or the first `tensor` of them."""
+    devices = jax.devices()
+    if not 1 <= tensor <= len(devices):
+        raise UserError(f"tensor is {tensor}, but there are {len(devices)} device(s) to split a model over")
+    if tensor == 1:
+        here = jax.sharding.SingleDeviceSharding(devices[0])
+        return jax.tree.map(lambda _: here, abstract)
+    return tree_shardings(abstract, make_mesh(MeshConfig(1, 1, tensor), devices[:tensor]))
 
 
 def open_model(path: str | Path) -> ModelSource:

@@ -44,6 +44,7 @@ def benchmark(
     return {
         "model": model.path,
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+        "devices": len(model.params["embed"].sharding.device_set),
         "jax_version": jax.__version__,
         "max_new_tokens": max_new_tokens,
         "prompts": len(prompts),

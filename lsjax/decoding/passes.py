@@ -10,6 +10,7 @@ from lsjax.config import ModelConfig
 from lsjax.model.attention import plain_attention
 from lsjax.model.rope import rotation
 from lsjax.model.transformer import Params, apply_layer, exit_logits
+from lsjax.scale.sharding import decoder_shardings, mesh_of
 from pallas_kernels.kv_cache import reference as kv_cache
 
 Weights = dict[str, Any]
@@ -21,10 +22,18 @@ def decoder_weights(params: Params, dtype: jnp.dtype) -> Weights:
 
     Layers inside one stacked array would be copied out of it at every step (XLA:CPU always, XLA:GPU in loops).
     """
-    params = jax.tree.map(lambda a: jnp.asarray(a, dtype), params)
-    layers = params["layers"]
-    num_layers = jax.tree.leaves(layers)[0].shape[0]
-    return params | {"layers": tuple(jax.tree.map(operator.itemgetter(i), layers) for i in range(num_layers))}
+
+    def unstack(params):
+        params = jax.tree.map(lambda a: jnp.asarray(a, dtype), params)
+        layers = params["layers"]
+        num_layers = jax.tree.leaves(layers)[0].shape[0]
+        return params | {"layers": tuple(jax.tree.map(operator.itemgetter(i), layers) for i in range(num_layers))}
+
+    mesh = mesh_of(params["embed"])
+    if mesh is None:
+        return unstack(params)
+    shardings = decoder_shardings(jax.eval_shape(unstack, params), mesh)
+    return jax.jit(unstack, out_shardings=shardings)(params)
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:

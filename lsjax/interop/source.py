@@ -55,7 +55,8 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: str) -> N
         raise UserError(f"{where}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding {config.vocab_size}")
 
 
-def abstract_like(shapes: Params, dtype, sharding: jax.sharding.Sharding) -> Params:
-    """The same shapes in one dtype, or a tree of them, all laid out alike."""
+def abstract_like(shapes: Params, dtype, shardings: Params) -> Params:
+    """The same shapes in one dtype, or a tree of them, laid out by a tree of shardings."""
     dtypes = dtype if isinstance(dtype, dict) else jax.tree.map(lambda _: dtype, shapes)
-    return jax.tree.map(lambda a, d: jax.ShapeDtypeStruct(a.shape, d, sharding=sharding), shapes, dtypes)
+    describe = lambda a, d, s: jax.ShapeDtypeStruct(a.shape, d, sharding=s)  # noqa: E731
+    return jax.tree.map(describe, shapes, dtypes, shardings)

@@ -15,7 +15,7 @@ from lsjax.config import ModelConfig
 from lsjax.data.batch import Batch
 from lsjax.model.attention import AttentionFunction, plain_attention
 from lsjax.model.transformer import Params, final_norm, head_matrix, project_vocabulary, scan_layers
-from lsjax.scale.sharding import BATCH_AXES, width_axis
+from lsjax.scale.sharding import BATCH_AXES, constrain, width_axis
 
 EXIT_BRANCH = "exit_branch"  # the scope of the branch that leaves an exit out: compiled programs are read by it
 
@@ -45,7 +45,10 @@ def exit_losses(
     of exit e from the teacher, through which no gradient flows. Without `head_learns` the vocabulary projection has
     none either.
     """
-    normed = final_norm(params, states, config)
+    # Recomputed: the backward pass would keep three float32 copies of the states.
+    rows = (None, "batch", None, None)  # said on both sides: the compiler has gathered the whole batch here
+    norm = jax.checkpoint(lambda params, x: constrain(final_norm(params, constrain(x, *rows), config), *rows))
+    normed = norm(params, states)
     if text.teacher is not None:
         text = text._replace(teacher=jax.lax.stop_gradient(final_norm(params, text.teacher, config)))
     return _losses(head_matrix(params), normed, text, (exit_weights, exit_active), (chunk, distillation, head_learns))

@@ -38,5 +38,11 @@ def choose_execution(config: Config, platform: str | None = None) -> Execution:
 COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {
     "cpu": {},
     "gpu": {},
-    "tpu": {},
+    "tpu": {
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+    },
 }

@@ -64,9 +64,11 @@ class SwiGLU(nn.Module):
         c = self.config
         init = nn.initializers.normal(_INIT_STDDEV)
         kernel = self.param("gate_up", init, (c.width, 2, c.feed_forward_width))
-        gate_up = keep(jnp.einsum("bsd,dcf->bscf", x, kernel), "gate_up")
+        gate_up = jnp.einsum("bsd,dcf->bscf", x, kernel)
+        # Kept apart: kept together, XLA:TPU copies both into another layout in the backward pass.
+        gate, up = keep(gate_up[..., 0, :], "gate_up"), keep(gate_up[..., 1, :], "gate_up")
         down = self.param("down", _residual_init(c), (c.feed_forward_width, c.width))
-        return jnp.einsum("bsf,fd->bsd", nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], down)
+        return jnp.einsum("bsf,fd->bsd", nn.silu(gate) * up, down)
 
 
 class DecoderLayer(nn.Module):

@@ -8,8 +8,8 @@ from jax.ad_checkpoint import checkpoint_name
 # The large results of a layer, as its modules mark them with `keep`.
 _MATMULS = ("qkv", "attention", "attention_output", "gate_up")
 
-# What is recomputed -> the marked results that are kept. Elements a token and layer, for a Llama with N = K heads:
-# none keeps everything; elementwise 5 D + 2 F (norms, rotary, SiLU again); feed_forward 5 D; layer: only its input, D.
+# What is recomputed -> the marked results that are kept. Elements a token and layer, its input among them, when N = K:
+# none keeps everything; elementwise 6 D + 2 F (norms, rotary, SiLU again); feed_forward 6 D; layer D.
 KEPT = {
     "none": None,
     "elementwise": _MATMULS,

@@ -46,14 +46,22 @@ def collectives(
     program: hlo.Program, devices: int, share: Callable[[hlo.Instruction], float] = lambda _: 1.0
 ) -> list[Collective]:
     """Every collective among more than one device; `share` as in `Program.runs`."""
-    found = []
+    found, seen = [], set()
     for instruction, times in program.runs(share):
         inner = _collective_of(program, instruction)
-        if inner is not None:
-            kind, collective = inner
-            group = _group(collective.attributes, devices)
-            if len(group) > 1:
-                found.append(Collective(kind, _payload(kind, collective), group, times, instruction.operation))
+        if inner is None:
+            continue
+        kind, collective = inner
+        if instruction.opcode == "fusion":
+            # One that goes on behind several fusions is in the text of each of them.
+            channel = re.search(r"channel_id=(\d+)", collective.attributes)
+            same = (channel and channel[1], collective.shape, times, instruction.operation if not channel else "")
+            if same in seen:
+                continue
+            seen.add(same)
+        group = _group(collective.attributes, devices)
+        if len(group) > 1:
+            found.append(Collective(kind, _payload(kind, collective), group, times, instruction.operation))
     return found
 
 

@@ -7,6 +7,7 @@ feed-forward and vocabulary. A length-1 axis stays, so there is one program and 
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -53,7 +54,8 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
             f"{len(devices)} device(s)"
         )
     try:
-        return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     except (NotImplementedError, ValueError) as error:  # a shape that the wiring of the chips does not give
         raise UserError(f"config.mesh {dict(zip(MESH_AXES, sizes, strict=True))}: {error}") from None
 

@@ -33,7 +33,9 @@ def _moved(program: hlo.Program, computation: hlo.Computation, instruction: hlo.
     shapes = [computation[name].shape for name in instruction.operands if name in computation]
     written = _bytes(instruction.shape)
     if instruction.opcode == "fusion":
-        return _fused(program.computations[instruction.called()[0]], instruction, shapes)
+        inside = program.computations[instruction.called()[0]]
+        read = sum(_read(program, inside, k, shape) for k, shape in enumerate(shapes))
+        return read + _written(program, inside, instruction.shape)
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * written
     if instruction.opcode == "dynamic-update-slice":
@@ -43,42 +45,41 @@ def _moved(program: hlo.Program, computation: hlo.Computation, instruction: hlo.
     return written + sum(map(_bytes, shapes))
 
 
-def _fused(inside: hlo.Computation, fusion: hlo.Instruction, shapes: list[str]) -> float:
-    parameters = {
-        int(i.attributes): i.name for i in inside.values() if i.opcode == "parameter" and i.attributes.isdigit()
-    }
-    read = sum(_read(inside, parameters.get(k, ""), shape) for k, shape in enumerate(shapes))
-    root = next(i for i in inside.values() if i.is_root)
-    parts = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    results = hlo.top_level(fusion.shape)
-    if len(parts) != len(results):
-        return read + _bytes(fusion.shape)
-    return read + sum(_written(inside, part, shape) for part, shape in zip(parts, results, strict=True))
-
-
-def _read(inside: hlo.Computation, parameter: str, shape: str) -> float:
-    """Of a fusion's operand: all of it, or only the slices taken."""
-    names, users = {parameter}, []
-    for instruction in inside.values():  # in order of definition, so that bitcasts are followed
-        if names.isdisjoint(instruction.operands):
+def _read(program: hlo.Program, inside: hlo.Computation, number: int, shape: str) -> float:
+    """Of operand `number` of a fusion: all of it, or only the slices taken."""
+    names = {i.name for i in inside.values() if i.opcode == "parameter" and i.attributes == str(number)}
+    read = 0.0
+    for user in inside.values():  # in order of definition, so that views are followed
+        places = [k for k, name in enumerate(user.operands) if name in names]
+        if not places:
             continue
-        if instruction.opcode in ("bitcast", "copy", "transpose", "reshape"):
-            names.add(instruction.name)
-        else:
-            users.append(instruction)
-    read = 0
-    for user in users:
-        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] in names:
+        if user.opcode in ("bitcast", "copy", "transpose", "reshape"):
+            names.add(user.name)
+        elif user.opcode in ("dynamic-slice", "slice", "gather") and places == [0]:
             read += _bytes(user.shape)
-        elif not (user.opcode == "dynamic-update-slice" and user.operands[0] in names):
+        elif user.opcode == "fusion":  # XLA:TPU nests them
+            nested = program.computations[user.called()[0]]
+            read += sum(_read(program, nested, k, shape) for k in places)
+        elif user.opcode != "dynamic-update-slice" or places != [0]:
             return _bytes(shape)
     return min(read, _bytes(shape))
 
 
-def _written(inside: hlo.Computation, part: hlo.Instruction, shape: str) -> float:
+def _written(program: hlo.Program, inside: hlo.Computation, shape: str) -> float:
     """Of a fusion's result: all of it, or only the slice that is replaced."""
+    root = next(i for i in inside.values() if i.is_root)
+    shapes = hlo.top_level(shape)
+    parts = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    if len(parts) != len(shapes):
+        return _bytes(shape)
+    return sum(_written_part(program, inside, *pair) for pair in zip(parts, shapes, strict=True))
+
+
+def _written_part(program: hlo.Program, inside: hlo.Computation, part: hlo.Instruction, shape: str) -> float:
     while part.opcode in ("bitcast", "copy") and part.operands:
         part = inside[part.operands[0]]
     if part.opcode == "dynamic-update-slice":
         return _bytes(inside[part.operands[1]].shape)
+    if part.opcode == "fusion":
+        return _written(program, program.computations[part.called()[0]], shape)
     return _bytes(shape)

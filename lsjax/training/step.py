@@ -166,3 +166,23 @@ def _loss_sum(
         rematerialize=t.rematerialize,
         unroll=t.scan_unroll,
     )
+
+
+def microbatch_residuals(config: Config, execution: Execution) -> int:
+    """Bytes, over all devices, of the activations that one microbatch keeps for its backward pass: what is stacked
+    layer upon layer [L, B, ...]."""
+    t = config.training
+    rows = t.batch_size // t.gradient_accumulation
+    tokens = jax.ShapeDtypeStruct((rows, t.sequence_length), jnp.int32)
+    weights = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
+    params = jax.eval_shape(lambda: init_state(config)).params
+
+    def backward(params, tokens, weights):
+        batch, key = Batch(tokens, tokens, weights), jax.random.key(0)
+        loss = lambda p: _loss_sum(p, batch, recipe_at(0, config), jnp.int32(0), key, config, execution)  # noqa: E731
+        return jax.vjp(loss, params, has_aux=True)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(backward, params, tokens, weights))
+    layers = {leaf.shape for leaf in jax.tree.leaves(params["layers"])}
+    stacked = [a for a in kept if a.ndim > 2 and a.shape[0] == config.model.num_layers and a.shape not in layers]
+    return sum(a.size * a.dtype.itemsize for a in stacked)

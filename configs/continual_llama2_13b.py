@@ -1,0 +1,33 @@
+"""Llama 2 13B continued with LayerSkip (arXiv 2404.16710, section 5 and Tables 8-10).
+
+52B tokens: 4 sequences a GPU on 64 A100 80 GB for 50,000 steps, learning rate 2e-5. R = L - 1: one early exit a
+step.
+Expected: CNN/DM: self-speculation at exit layer 15 with 12 drafts 1.81 times faster, 75 % accepted (its Table 3).
+Not in the paper, chosen here: the corpus, optimizer betas, weight decay, warm-up, decay schedule, clipping and number
+types.
+
+  python launch/train.py --config=configs/continual_llama2_13b.py --workdir=runs/continual_llama2_13b
+
+Compiled ahead of time (launch/compile_ahead.py; bounds from peak rates, not measurements):
+  to be measured
+"""
+
+import ml_collections
+
+from lsjax import default_config
+from lsjax.model.shapes import LLAMAS
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = default_config()
+    config.model.update(LLAMAS["llama2_13b"].to_dict())
+    config.initial_model = "models/Llama-2-13b-hf"
+    config.data.corpus = "data/pretraining"
+    config.layerskip.update(dropout_max_rate=0.1, exit_scale=0.1, exit_rotation=39)
+    config.training.update(total_steps=50_000, batch_size=256, sequence_length=4096)
+    config.training.update(learning_rate=2e-5, warmup_steps=500, rematerialize="feed_forward", loss_chunk=2048)
+    config.training.log_every_steps = 20
+    config.mesh.update(data=-1, fsdp=16)
+    config.checkpoint.update(every_steps=1000, keep=3)
+    config.evaluation.update(every_steps=1000, exit_stride=4)
+    return config

@@ -1,0 +1,30 @@
+"""Llama 2 70B from scratch with LayerSkip: not a run of the paper, but the size that shows whether the sharding holds.
+
+26B tokens as the smaller ones: 1,024 sequences a step, 6,250 steps.
+Expected: nothing published.
+Not in the paper, chosen here: all but the recipe, which is that of pretrain_7b.
+
+  python launch/train.py --config=configs/pretrain_70b.py --workdir=runs/pretrain_70b
+
+Compiled ahead of time (launch/compile_ahead.py; bounds from peak rates, not measurements):
+  to be measured
+"""
+
+import ml_collections
+
+from lsjax import default_config
+from lsjax.model.shapes import LLAMAS
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = default_config()
+    config.model.update(LLAMAS["llama2_70b"].to_dict())
+    config.data.corpus = "data/pretraining"
+    config.layerskip.update(dropout_max_rate=0.2, dropout_time_schedule="exponential", exit_scale=0.2, exit_rotation=79)
+    config.training.update(total_steps=6_250, batch_size=1024, sequence_length=4096)
+    config.training.update(learning_rate=1.5e-4, warmup_steps=500, rematerialize="layer", loss_chunk=1024)
+    config.training.log_every_steps = 20
+    config.mesh.update(data=-1, fsdp=64)
+    config.checkpoint.update(every_steps=1000, keep=3)
+    config.evaluation.update(every_steps=1000, exit_stride=4)
+    return config

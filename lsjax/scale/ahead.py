@@ -1,0 +1,146 @@
+"""Compiles the real programs for hardware that is not there, and says what they will need of it."""
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lsjax.checkpoint import abstract_arrays
+from lsjax.config import Config, MeshConfig
+from lsjax.data.batch import Batch
+from lsjax.decoding.passes import decoder_weights
+from lsjax.decoding.programs import DecodeShape, lower_decoding
+from lsjax.decoding.strategies import Strategy, check_strategy
+from lsjax.errors import UserError
+from lsjax.evaluation.exits import evaluate_batch, evaluated_exits
+from lsjax.model.execution import Execution, choose_execution
+from lsjax.model.transformer import init_params
+from lsjax.scale.compile_only import compile_only_devices
+from lsjax.scale.hardware import Topology
+from lsjax.scale.sharding import batch_sharding, check_batch, decoder_shardings, make_mesh
+from lsjax.training.step import init_state, make_train_step, microbatch_residuals, state_shardings
+
+
+class Ahead(NamedTuple):
+    """A program lowered for a mesh of devices that only compile. `held`: {kind: bytes that one device holds for it}
+    of what goes in; `kept`: bytes of activations among its temporaries. `text` is HLO, once compiled."""
+
+    name: str
+    mesh: Mesh
+    execution: Execution
+    lowered: jax.stages.Lowered
+    held: dict[str, int]
+    kept: int = 0
+
+
+class Outcome(NamedTuple):
+    """`memory` is None when the compiler refused the program for want of it; `problem` then is what it said."""
+
+    seconds: float
+    text: str = ""
+    memory: Any = None
+    problem: str = ""
+
+
+def train_mesh(config: Config, topology: Topology) -> Mesh:
+    """config.mesh over all devices of the topology."""
+    return _mesh(config.mesh, topology, topology.size)
+
+
+def train_program(config: Config, topology: Topology) -> Ahead:
+    """The step of launch/train.py. Raises UserError when mesh or batch do not divide."""
+    mesh, t = train_mesh(config, topology), config.training
+    check_batch(t.batch_size // t.gradient_accumulation, mesh, "a microbatch")
+    shardings = state_shardings(config, mesh)
+    state = abstract_arrays(jax.eval_shape(lambda: init_state(config)), shardings)
+    batch = _abstract_batch(config, mesh)
+    with jax.set_mesh(mesh):
+        lowered = make_train_step(config, mesh).trace(state, batch).lower(lowering_platforms=(_platform(topology),))
+        kept = microbatch_residuals(config, choose_execution(config, topology.chip.platform))
+    held = {
+        "parameters": device_bytes(state.params),
+        "optimizer": device_bytes(state.optimizer),
+        "batch": device_bytes(batch),
+    }
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return Ahead("train", mesh, choose_execution(config, topology.chip.platform), lowered, held, kept // ways)
+
+
+def evaluation_program(config: Config, topology: Topology) -> Ahead:
+    """The evaluation of one held-out batch, between training steps (the optimizer's state stays in memory)."""
+    mesh = train_mesh(config, topology)
+    check_batch(config.training.batch_size, mesh, "config.training.batch_size")
+    execution = choose_execution(config, topology.chip.platform)
+    exits = evaluated_exits(config.model.num_layers, config.evaluation.exit_stride)
+    state = abstract_arrays(jax.eval_shape(lambda: init_state(config)), state_shardings(config, mesh))
+    batch = _abstract_batch(config, mesh)
+    with jax.set_mesh(mesh):
+        traced = evaluate_batch.trace(state.params, batch, config.model, exits, execution)
+        lowered = traced.lower(lowering_platforms=(_platform(topology),))
+    held = {"parameters": device_bytes(state.params), "batch": device_bytes(batch)}
+    return Ahead("evaluation", mesh, execution, lowered, held | {"optimizer, waiting": device_bytes(state.optimizer)})
+
+
+def decode_programs(
+    config: Config, topology: Topology, strategy: Strategy, rows: int, prompt_tokens: int, new_tokens: int
+) -> tuple[Ahead, Ahead]:
+    """(prefill, decoding loop) of a strategy, split over the first config.mesh.tensor devices, weights in bfloat16."""
+    check_strategy(strategy, config.model.num_layers)
+    ways = topology.size if config.mesh.tensor == -1 else config.mesh.tensor
+    mesh = _mesh(MeshConfig(1, 1, ways), topology, ways)
+    abstract = jax.eval_shape(lambda: init_params(jax.random.key(0), config.model))
+    weights = jax.eval_shape(lambda params: decoder_weights(params, jnp.bfloat16), abstract)
+    weights = abstract_arrays(weights, decoder_shardings(weights, mesh))
+    capacity = prompt_tokens + new_tokens + 64
+    shape = DecodeShape(rows, prompt_tokens, capacity, new_tokens + 64, 1)
+    with jax.set_mesh(mesh):
+        programs = lower_decoding(weights, config.model, strategy, shape, _platform(topology))
+    c = config.model
+    cache = 2 * c.num_layers * rows * (c.num_kv_heads // ways) * capacity * c.head_width * 2
+    held = {"parameters": device_bytes(weights), "caches": cache}
+    execution = choose_execution(config, topology.chip.platform)._replace(compute_dtype=jnp.dtype("bfloat16"))
+    names = (f"prefill ({strategy.name})", strategy.name)
+    return tuple(Ahead(name, mesh, execution, low, held) for name, low in zip(names, programs, strict=True))
+
+
+def compile_ahead(program: Ahead) -> Outcome:
+    """Compiles; a program that does not fit is an outcome, not an error."""
+    began = time.monotonic()
+    try:
+        with jax.set_mesh(program.mesh):
+            compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
+            raise
+        return Outcome(time.monotonic() - began, problem=str(error))
+    return Outcome(time.monotonic() - began, compiled.as_text(), compiled.memory_analysis())
+
+
+def device_bytes(tree) -> int:
+    """Bytes of one device's part of a tree of arrays, or descriptions of arrays with shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _mesh(config: MeshConfig, topology: Topology, size: int) -> Mesh:
+    devices = compile_only_devices(topology)
+    if size > len(devices):
+        raise UserError(f"config.mesh.tensor is {size}, but --topology={topology} has {len(devices)} devices")
+    return make_mesh(config, devices[:size])
+
+
+def _abstract_batch(config: Config, mesh: Mesh) -> Batch:
+    t = config.training
+    column = lambda dtype: jax.ShapeDtypeStruct(  # noqa: E731
+        (t.batch_size, t.sequence_length), dtype, sharding=batch_sharding(mesh)
+    )
+    text = Batch(column(jnp.int32), column(jnp.int32), column(jnp.float32))
+    if not config.data.separate_documents:
+        return text
+    return text._replace(positions=column(jnp.int32), segment_ids=column(jnp.int32))
+
+
+def _platform(topology: Topology) -> str:
+    return {"tpu": "tpu", "gpu": "cuda"}[topology.chip.platform]

@@ -1,0 +1,64 @@
+"""A model split over several devices gives the tokens of one."""
+
+import jax
+import numpy as np
+import pytest
+
+import lsjax
+from lsjax.data.tokenizer import train_tokenizer
+from lsjax.errors import UserError
+from lsjax.interop.huggingface import write_huggingface
+
+PROMPTS = [[5, 9, 2], [300, 17, 41, 8, 250, 33, 12, 77, 5, 6, 7], [1]]
+
+
+@pytest.fixture(scope="module")
+def folder(varied, varied_params, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    write_huggingface(path, varied, jax.device_get(varied_params), train_tokenizer(["some text to learn from"], 300))
+    return path
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [lsjax.Autoregressive(), lsjax.EarlyExit(2), lsjax.SelfSpeculative(2, 3)],
+    ids=lambda strategy: strategy.name,
+)
+def test_tokens_equal_those_of_one_device(folder, strategy):
+    alone, split = lsjax.load(folder), lsjax.load(folder, tensor=2)
+    expected = lsjax.generate(alone, PROMPTS, 24, strategy)
+    found = lsjax.generate(split, PROMPTS, 24, strategy)
+    assert found.tokens == expected.tokens
+    assert [s["accepted"] for s in found.stats] == [s["accepted"] for s in expected.stats]
+
+
+def test_weights_and_cache_are_split(folder):
+    """By heads, feed-forward and vocabulary; and the loop gathers no weight and no cache: only rows of D or V."""
+    from lsjax.decoding.programs import DecodeShape, lower_decoding
+    from lsjax.scale import hlo
+    from lsjax.scale.collectives import collectives
+
+    model = lsjax.load(folder, tensor=2)
+    weights = model.decoder_weights
+    whole = ("final_norm", "attention_norm", "feed_forward_norm")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        split = leaf.addressable_shards[0].data.size < leaf.size
+        assert split != any(name in jax.tree_util.keystr(path) for name in whole), path
+    layout = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
+    shape = DecodeShape(rows=2, bucket=16, capacity=64, room=32, stops=1)
+    _, loop = lower_decoding(layout, model.config, lsjax.SelfSpeculative(2, 3), shape)
+    compiled = loop.compile()
+    caches = compiled.output_shardings.cache
+    assert all(s.shard_shape((2, 2, 64, 8)) == (2, 1, 64, 8) for s in jax.tree.leaves(caches))
+    sent = collectives(hlo.parse(compiled.as_text()), 2)
+    row = 2 * 4 * max(model.config.width, model.config.vocab_size) * 4  # B rows of d + 1 tokens, float32
+    assert sent
+    assert max(c.payload for c in sent) <= row
+
+
+def test_what_does_not_divide_is_named(folder):
+    with pytest.raises(UserError, match=r"config.mesh.tensor \(3\) does not divide"):
+        lsjax.load(folder, tensor=3)
+    with pytest.raises(UserError, match="tensor is 9, but there are 8"):
+        lsjax.load(folder, tensor=9)
+    np.testing.assert_equal(lsjax.load(folder).params["embed"].sharding.num_devices, 1)
