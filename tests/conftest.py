@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import pytest
 
+jax.config.update("jax_platforms", "cpu")  # also where the compilers for TPU and GPU are installed
 jax.config.update("jax_num_cpu_devices", 8)
 
 from lsjax.config import Config, ModelConfig  # noqa: E402 (the device count is set first)

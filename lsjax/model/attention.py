@@ -29,14 +29,12 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.A
         return _attend(q, k, v, segment_ids, 0)
     # Recomputed in the backward pass: kept, the weights of all blocks would be [B,N,S,S] again.
     block = jax.checkpoint(_attend, static_argnums=4)
-    ends = [*range(_BLOCK, length, _BLOCK), length]
-    starts = [0, *ends[:-1]]
-    cut = lambda a, stop: None if a is None else a[:, :stop]  # noqa: E731
-    parts = [
-        block(q[:, start:end], k[:, :end], v[:, :end], cut(segment_ids, end), start)
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    return jnp.concatenate(parts, axis=1)
+    mixed = []
+    for start in range(0, length, _BLOCK):
+        end = min(start + _BLOCK, length)
+        seen = None if segment_ids is None else segment_ids[:, :end]
+        mixed.append(block(q[:, start:end], k[:, :end], v[:, :end], seen, start))
+    return jnp.concatenate(mixed, axis=1)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, first: int) -> jax.Array:

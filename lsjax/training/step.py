@@ -91,10 +91,7 @@ def train_step(
 ):
     """One optimizer update from one batch [B, S] (split into gradient_accumulation parts)."""
     recipe = recipe_at(state.step, config)
-    execution = execution or choose_execution(config)
-    gradients, loss, exit_losses = _accumulate(state, batch, recipe, config, execution)
-    if gradient_shardings is not None:  # the compiler, left alone, has replicated gradients
-        gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
+    gradients, loss, exit_losses = mean_gradients(state, batch, recipe, config, execution, gradient_shardings)
     updates, optimizer = make_optimizer(config.training).update(gradients, state.optimizer, state.params)
     metrics = StepMetrics(
         loss=loss,
@@ -107,9 +104,16 @@ def train_step(
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer), metrics
 
 
-def _accumulate(state: TrainState, batch: Batch, recipe: Recipe, config: Config, execution: Execution):
-    """Mean gradient, loss and exit losses per learned token, over the microbatches."""
-    t = config.training
+def mean_gradients(
+    state: TrainState,
+    batch: Batch,
+    recipe: Recipe,
+    config: Config,
+    execution: Execution | None = None,
+    gradient_shardings=None,
+):
+    """Gradient (laid out as given), loss and exit losses [L] per learned token, over the microbatches."""
+    t, execution = config.training, execution or choose_execution(config)
     tokens = jnp.maximum(jnp.sum(batch.weights), 1.0)
     key = jax.random.fold_in(jax.random.key(t.seed + 1), state.step)
     gradient_of = jax.value_and_grad(_loss_sum, has_aux=True)
@@ -129,7 +133,10 @@ def _accumulate(state: TrainState, batch: Batch, recipe: Recipe, config: Config,
         add = lambda total, x: (jax.tree.map(jnp.add, total, microbatch(*x)), None)  # noqa: E731
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(microbatch, 0, jax.tree.map(lambda a: a[0], parts)))
         total, _ = jax.lax.scan(add, zeros, (jnp.arange(t.gradient_accumulation), parts))
-    return jax.tree.map(lambda a: a / tokens, total)
+    gradients, loss, exit_losses = jax.tree.map(lambda a: a / tokens, total)
+    if gradient_shardings is not None:  # the compiler, left alone, has replicated gradients
+        gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
+    return gradients, loss, exit_losses
 
 
 def _loss_sum(

@@ -1,14 +1,26 @@
 """FLOPs against published parameter counts, and against hand counts of a model small enough to do by hand."""
 
+import functools
+import math
+import re
+
+import jax
 import pytest
 
-from lsjax.config import Config, ModelConfig, TrainingConfig
+from lsjax.config import Config, LayerSkipConfig, ModelConfig, TrainingConfig
+from lsjax.scale import hlo
 from lsjax.scale.flops import (
+    early_exits,
     forward_flops,
     model_flops_per_token,
+    skipped_share,
+    step_flops,
     utilization,
 )
 from lsjax.scale.hardware import CHIPS, chip_of
+from lsjax.training.step import init_state, mean_gradients, recipe_at
+from tests.scale.counted import count_flops
+from tests.training.test_step import make_batch, replace
 
 LLAMA2_7B = ModelConfig(
     num_layers=32,
@@ -58,3 +70,96 @@ def test_utilization_is_the_share_of_the_peak():
     found = utilization(config, at_peak / 2, 64, CHIPS["gpu:h100"])
     assert found["mfu"] == pytest.approx(0.5)
     assert 0.4 < found["mfu_causal"] < 0.5
+
+
+def small(**sections):
+    config = Config(
+        model=ModelConfig(6, 32, 4, 2, 8, 80, 512, 64, False),
+        training=TrainingConfig(batch_size=2, sequence_length=16, rematerialize="none", loss_chunk=8, total_steps=60),
+        layerskip=LayerSkipConfig(dropout_max_rate=0.0, exit_curriculum="none"),
+    )
+    return replace(config, **sections)
+
+
+def counted(config, share=0.0):
+    """FLOPs a token of loss and gradient, in the jaxpr."""
+    state, batch = jax.eval_shape(lambda: init_state(config)), make_batch(config)
+    step = functools.partial(mean_gradients, recipe=recipe_at(0, config), config=config)
+    total = count_flops(lambda s, b: step(s, b), state, batch, share=share)
+    return total / batch.tokens.size
+
+
+def test_the_plain_step_has_the_flops_of_the_formula():
+    flops = step_flops(small())
+    # Plain attention of a short text computes all positions; flash attention's own recomputation is not in it.
+    assert counted(small()) == pytest.approx(flops.model, rel=1e-6)
+    assert flops.exits == flops.skipped == 0
+
+
+@pytest.mark.parametrize("recipe", [{}, {"exits_train_head": False}, {"exit_first": 4}], ids=str)
+def test_exits_cost_what_is_counted(recipe):
+    """All exits at once, so that every branch is taken, the first layer's input apart (it is no exit)."""
+    config = small(layerskip={"exit_curriculum": "all"} | recipe)
+    on = early_exits(config)
+    assert on == (5 if "exit_first" not in recipe else 2)
+    extra = counted(config, share=on / 6) - counted(small())
+    assert step_flops(config).exits == pytest.approx(extra, rel=1e-6)
+
+
+def test_rotating_exits_are_as_many_as_a_rotation_gives():
+    config = small(layerskip={"exit_curriculum": "rotational", "exit_rotation": 4})
+    by_hand = [sum(layer % 4 == t for layer in range(5)) for t in range(4)]  # 2, 1, 1, 1
+    assert early_exits(config) == pytest.approx(sum(by_hand) / 4)
+    assert early_exits(small(layerskip={"exit_curriculum": "gradual"})) == pytest.approx(
+        sum(min(5, int(12 * t / 60)) for t in range(60)) / 60, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("policy", ["elementwise", "feed_forward", "layer"])
+def test_recomputation_by_policy(policy):
+    """The compiler drops what nothing needs: so does dead code elimination of the jaxpr."""
+    config = small(training={"rematerialize": policy})
+    flops, none = step_flops(config), step_flops(small())
+    state, batch = jax.eval_shape(lambda: init_state(config)), make_batch(config)
+    step = functools.partial(mean_gradients, recipe=recipe_at(0, config), config=config)
+    compiled = jax.jit(lambda s, b: step(s, b)[0]).lower(state, batch).compile()
+    dots = executed_dots(hlo.parse(compiled.as_text())) / batch.tokens.size
+    forward = forward_flops(config.model, 16)
+    # A layer done again has its attention in full here, of which step_flops counts the causal part.
+    full = forward.attention_full - forward.attention_causal if policy == "layer" else 0.0
+    attention_again = 0.0 if policy == "layer" else again(policy, forward)
+    expected = none.model + flops.recomputed - none.recomputed + full + attention_again
+    assert dots == pytest.approx(expected, rel=0.01)
+
+
+def again(policy, forward):
+    """Scores: plain attention keeps no softmax under a policy that keeps its result only."""
+    return forward.attention_full / 2
+
+
+def executed_dots(program):
+    total = 0.0
+    owners = {id(i): c for c in program.computations.values() for i in c.values()}
+    for instruction, times in program.runs(lambda branch: 0.0):  # no exit is on
+        if instruction.opcode == "dot":
+            total += times * dot_flops(owners[id(instruction)], instruction)
+        elif instruction.opcode == "fusion":
+            inside = program.computations[instruction.called()[0]]
+            total += times * sum(dot_flops(inside, i) for i in inside.values() if i.opcode == "dot")
+    return total
+
+
+def dot_flops(computation, dot):
+    (_, out, _), (_, left, _) = hlo.arrays(dot.shape)[0], hlo.arrays(computation[dot.operands[0]].shape)[0]
+    axes = [int(n) for n in re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)[1].split(",")]
+    return 2.0 * math.prod(out) * math.prod(left[axis] for axis in axes)
+
+
+def test_skipped_layers_are_the_mean_rate():
+    """Linear from 0 to 0.4 over depth, constant in time: a fifth of the layers."""
+    recipe = {"dropout_max_rate": 0.4, "dropout_depth_schedule": "linear", "dropout_granularity": "batch"}
+    config = small(layerskip=recipe)
+    assert skipped_share(config) == pytest.approx(0.2)
+    forward = forward_flops(config.model, 16)
+    assert step_flops(config).skipped == pytest.approx(3 * 0.2 * (forward.layers + forward.attention_causal))
+    assert skipped_share(small(layerskip=recipe | {"dropout_granularity": "sample"})) == 0  # masked, not skipped
