@@ -28,6 +28,9 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts that
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to join the other processes by hand.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0.")
+PROFILE = flags.DEFINE_integer(
+    "profile", 0, "Trace so many steps into WORKDIR/profile, for TensorBoard or ui.perfetto.dev.", lower_bound=0
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -42,7 +45,7 @@ def main() -> None:
 
     from lsjax.training.loop import train
 
-    train(config, WORKDIR.value)
+    train(config, WORKDIR.value, profile_steps=PROFILE.value)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from lsjax.config import ModelConfig
 from lsjax.data.batch import Batch
 from lsjax.model.attention import AttentionFunction, plain_attention
 from lsjax.model.transformer import Params, final_norm, head_matrix, project_vocabulary, scan_layers
-from lsjax.scale.sharding import BATCH_AXES, constrain, width_axis
+from lsjax.scale.sharding import BATCH_AXES, PARAMETER_AXES, constrain, width_axis
 
+_STATES = (None, "batch", None, None)  # logical axes of states [E,B,S,D]
 EXIT_BRANCH = "exit_branch"  # the scope of the branch that leaves an exit out: compiled programs are read by it
 
 
@@ -26,6 +27,13 @@ class _Text(NamedTuple):
     targets: jax.Array
     weights: jax.Array
     teacher: jax.Array | None = None
+
+
+class _Static(NamedTuple):
+    config: ModelConfig
+    chunk: int
+    distillation: float
+    head_learns: bool
 
 
 def exit_losses(
@@ -41,45 +49,79 @@ def exit_losses(
 ) -> tuple[jax.Array, jax.Array]:
     """(sum_e w(e) (CE_e + distillation KL_e), CE_e [E]), summed over tokens; the second carries no gradient.
 
-    states [E,B,S,D] after E layers; an exit that is not active costs nothing (None: all are). KL_e is the divergence
-    of exit e from the teacher, through which no gradient flows. Without `head_learns` the vocabulary projection has
-    none either.
+    states [E,B,S,D] after E layers. exit_active: [E], [] for all of them together, or None for all active; an exit that
+    is not costs nothing. KL_e is the divergence of exit e from the teacher, through which no gradient flows. Without
+    `head_learns` the vocabulary projection has none either.
     """
-    # Recomputed: the backward pass would keep three float32 copies of the states.
-    rows = (None, "batch", None, None)  # said on both sides: the compiler has gathered the whole batch here
-    norm = jax.checkpoint(lambda params, x: constrain(final_norm(params, constrain(x, *rows), config), *rows))
-    normed = norm(params, states)
     if text.teacher is not None:
         text = text._replace(teacher=jax.lax.stop_gradient(final_norm(params, text.teacher, config)))
-    return _losses(head_matrix(params), normed, text, (exit_weights, exit_active), (chunk, distillation, head_learns))
+    weights = head_matrix(params) | {"final_norm": params["final_norm"]}
+    static = _Static(config, chunk, distillation, head_learns)
+    return _losses(weights, states, text, (exit_weights, exit_active), static)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _losses(head, states, text, per_exit, static):
-    return _run(head, states, text, per_exit, static, with_gradient=False)[0]
+def _losses(params, states, text, per_exit, static):
+    return _run(params, states, text, per_exit, static, with_gradient=False)[0]
 
 
-def _losses_forward(head, states, text, per_exit, static):
-    return _run(head, states, text, per_exit, static, with_gradient=True)
+def _losses_forward(params, states, text, per_exit, static):
+    return _run(params, states, text, per_exit, static, with_gradient=True)
 
 
 def _losses_backward(static, gradients, cotangents):
     scale = cotangents[0]
-    head, states = jax.tree.map(lambda g: (scale * g).astype(g.dtype), gradients)
-    return head, states, None, None
+    params, states = jax.tree.map(lambda g: (scale * g).astype(g.dtype), gradients)
+    return params, states, None, None
 
 
 _losses.defvjp(_losses_forward, _losses_backward)
 
 
-def _run(head, states, text: _Text, per_exit, static, with_gradient: bool):
-    """((objective, CE [E]), (gradient of head, of states)), of the whole batch. States are normed."""
+def _run(params, states, text: _Text, per_exit, static: _Static, with_gradient: bool):
+    """((objective, CE [E]), (gradient of params, of states) or None)."""
+    exit_weights, active = per_exit
+    if active is None or active.ndim:
+        return _normed_run(params, states, text, per_exit, static, with_gradient)
+    run = lambda: _normed_run(params, states, text, (exit_weights, None), static, with_gradient)  # noqa: E731
+    nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run))  # noqa: E731
+    # The branch is taken out here and not for each chunk, so that nothing at all is sent for an exit that is off.
+    with jax.named_scope(EXIT_BRANCH):
+        result, gradients = jax.lax.cond(active, run, nothing)
+    return result, gradients and _laid_out(*gradients)
+
+
+def _laid_out(of_params, of_states):
+    """Gradients where their arrays lie; the compiler has gathered them at the end of a branch."""
+    axes = lambda name: PARAMETER_AXES[name if name in PARAMETER_AXES else f"{name}/scale"]  # noqa: E731
+    of_params = {name: jax.tree.map(lambda a, n=name: constrain(a, *axes(n)), g) for name, g in of_params.items()}
+    return of_params, constrain(of_states, *_STATES)
+
+
+def _normed_run(params, states, text: _Text, per_exit, static: _Static, with_gradient: bool):
+    """The exits' states through the final norm, and then judged."""
+    head = head_matrix(params)
+    norm = lambda scale, x: constrain(  # noqa: E731
+        final_norm({"final_norm": scale}, constrain(x, *_STATES), static.config), *_STATES
+    )
+    if not with_gradient:
+        normed = norm(params["final_norm"], states)
+        return _mesh_run(head, normed, text, per_exit, static, with_gradient)
+    normed, gradient_of_norm = jax.vjp(norm, params["final_norm"], states)
+    result, (of_head, of_normed) = _mesh_run(head, normed, text, per_exit, static, with_gradient)
+    of_scale, of_states = gradient_of_norm(of_normed)
+    # A head that does not learn has no gradient array at all, not one of zeros.
+    return result, ((of_head or dict.fromkeys(head)) | {"final_norm": of_scale}, of_states)
+
+
+def _mesh_run(head, states, text: _Text, per_exit, static: _Static, with_gradient: bool):
+    """((objective, CE [E]), (gradient of head, of states)), each device judging its own rows. States are normed."""
     run = functools.partial(_run_rows, static=static, with_gradient=with_gradient)
     if jax.sharding.get_abstract_mesh().empty:
         return run(head, states, text, per_exit)
 
-    # Each device judges its own rows with a head that is whole along D. By hand, since what the compiler would make of
-    # the sum over chunks and exits is a reduction over the devices for each of them; here it is one.
+    # By hand, with a head that is whole along D: what the compiler would make of the sum over chunks and exits is a
+    # reduction over the devices for each of them; here it is one.
     def mine(head, states, text, per_exit):
         whole = {name: jax.lax.all_gather(a, "fsdp", axis=width_axis(name), tiled=True) for name, a in head.items()}
         result, gradients = run(whole, states, text, per_exit)
@@ -94,7 +136,7 @@ def _run(head, states, text: _Text, per_exit, static, with_gradient: bool):
 
     head_specs = {name: P(*["fsdp" if axis == width_axis(name) else None for axis in range(2)]) for name in head}
     rows, states_spec = P(BATCH_AXES), P(None, BATCH_AXES)
-    learns = with_gradient and static[2]
+    learns = with_gradient and static.head_learns
     gradient_specs = ((head_specs if learns else None), states_spec) if with_gradient else None
     return jax.shard_map(
         mine,
@@ -107,7 +149,7 @@ def _run(head, states, text: _Text, per_exit, static, with_gradient: bool):
 
 def _run_rows(head, states, text: _Text, per_exit, static, with_gradient: bool):
     """The same of one device's rows: chunk by chunk, in each exit by exit."""
-    chunk, distillation, head_learns = static
+    chunk, distillation, head_learns = static[1:]
 
     def chunk_losses(head_sum, piece):
         states, text = piece
@@ -124,7 +166,6 @@ def _run_rows(head, states, text: _Text, per_exit, static, with_gradient: bool):
     result = jnp.sum(values), jnp.sum(losses, axis=0)
     if not with_gradient:
         return result, None
-    # A head that does not learn has no gradient array at all, not one of zeros.
     of_head = head_sum and jax.tree.map(lambda a, s: s.astype(a.dtype), head, head_sum)
     return result, (of_head, jnp.moveaxis(of_states, 0, 2).reshape(states.shape))
 
@@ -215,9 +256,9 @@ def multi_exit_loss(
     exit_weights, exit_active = jnp.asarray(exit_weights), jnp.asarray(exit_active)
     sample = functools.partial(_every, stride=token_stride, offset=token_offset)
     losses = functools.partial(exit_losses, config=config, chunk=loss_chunk)
+    early_params = params if exits_train_head else jax.lax.stop_gradient(params)
     early = functools.partial(
         losses,
-        params if exits_train_head else jax.lax.stop_gradient(params),
         text=_Text(sample(batch.targets), token_stride * sample(batch.weights)),
         distillation=distillation,
         head_learns=head_learns and exits_train_head,
@@ -235,23 +276,21 @@ def multi_exit_loss(
         unroll=unroll,
     )
     early_exits = _after_the_layers if distillation else _inside_the_layers
-    x, objective, early_losses = early_exits(run_layers, early, sample, exit_weights, exit_active.at[-1].set(False))
+    exits = exit_weights, exit_active.at[-1].set(False)
+    x, objective, early_losses = early_exits(run_layers, early, early_params, sample, *exits)
     last = (x[None], _Text(batch.targets, batch.weights), exit_weights[-1:], None)
     last_objective, last_loss = losses(params, *last, head_learns=head_learns)
     return objective + last_objective, jax.lax.stop_gradient(early_losses.at[-1].set(last_loss[0]))
 
 
-def _inside_the_layers(run_layers, early, sample, exit_weights, exit_active):
+def _inside_the_layers(run_layers, early, params, sample, exit_weights, exit_active):
     """(x_L, objective, CE [L]), each exit's taken in the layer scan."""
 
     # Checkpointed: kept for every layer, the gradients of the head, [V, D] each, would be more than all activations.
     @jax.checkpoint
     def read(x, exit_):
         weight, active = exit_
-        run = lambda x: early(sample(x)[None], exit_weights=weight[None], exit_active=None)  # noqa: E731
-        # The branch is taken out here and not for each chunk, so that nothing at all is sent for an exit that is off.
-        with jax.named_scope(EXIT_BRANCH):
-            objective, losses = jax.lax.cond(active, run, lambda _: (jnp.float32(0.0), jnp.zeros(1)), x)
+        objective, losses = early(params, sample(x)[None], exit_weights=weight[None], exit_active=active)
         return objective, losses[0]
 
     # What layer l reads is the state of exit l - 1.
@@ -260,13 +299,13 @@ def _inside_the_layers(run_layers, early, sample, exit_weights, exit_active):
     return x, jnp.sum(objectives), jnp.roll(losses, -1)
 
 
-def _after_the_layers(run_layers, early, sample, exit_weights, exit_active):
+def _after_the_layers(run_layers, early, params, sample, exit_weights, exit_active):
     """(x_L, objective, CE [L]) with the last layer's state as teacher of the others, all kept until it is known."""
     x, states = run_layers(read=lambda x, _: sample(x))
     teacher = jax.lax.stop_gradient(sample(x))
     states = jnp.concatenate([states[1:], teacher[None]])  # the last one is not judged here
     text = early.keywords["text"]._replace(teacher=teacher)
-    return x, *early(states, text=text, exit_weights=exit_weights, exit_active=exit_active)
+    return x, *early(params, states, text=text, exit_weights=exit_weights, exit_active=exit_active)
 
 
 def _every(x: jax.Array, stride: int, offset: jax.Array | int) -> jax.Array:

@@ -62,7 +62,7 @@ def memory_use(topology: Topology, program: Ahead, outcome: Outcome) -> dict[str
 
 def _shares(config: Config):
     """How often a conditional takes its costly branch, by the scope that the model gave it."""
-    exits = early_exits(config) / max(config.model.num_layers - 1, 1)
+    exits = early_exits(config) / config.model.num_layers  # each layer has the branch; the first one's is never taken
     layers = 1 - skipped_share(config)
 
     def share(instruction: hlo.Instruction) -> float:

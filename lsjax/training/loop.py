@@ -32,6 +32,7 @@ from lsjax.training.metrics import NoLog, RunLog, active_exit_losses, describe_e
 from lsjax.training.optimizer import make_optimizer
 from lsjax.training.progress import ProgressDisplay
 from lsjax.training.step import StepMetrics, TrainState, init_state, make_train_step, state_shardings
+from lsjax.training.trace import StepTrace
 
 
 class TrainResult(NamedTuple):
@@ -43,10 +44,11 @@ class TrainResult(NamedTuple):
 
 
 @hosts.lost_hosts_named()
-def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> TrainResult:
+def train(config: Config, workdir: str | Path, *, verbose: bool = True, profile_steps: int = 0) -> TrainResult:
     """Trains until config.training.total_steps, resuming by itself from the latest checkpoint in `workdir`.
 
-    Interrupted by SIGINT or SIGTERM it saves where it is and returns. Raises UserError on bad input, and when a
+    Interrupted by SIGINT or SIGTERM it saves where it is and returns. profile_steps: of how many steps to write a
+    profiler's trace to `workdir`/profile. Raises UserError on bad input, and when a
     loss or gradient is not finite (the last good checkpoint stays).
     """
     # ---- Where: the workdir is this run's alone, the mesh fits the devices, all hosts want the same.
@@ -75,10 +77,12 @@ def train(config: Config, workdir: str | Path, *, verbose: bool = True) -> Train
         # ---- Go.
         log = hosts.leader_first(lambda: RunLog(workdir, first_step) if hosts.is_leader() else NoLog())
         display = ProgressDisplay(first_step, config.training.total_steps, verbose)
+        trace = StepTrace(workdir / "profile", first_step, profile_steps)
         try:
-            run = _Run(config, mesh, directory, checkpoints, log, display)
+            run = _Run(config, mesh, directory, checkpoints, log, display, trace)
             return run.until_done(state, first_step)
         finally:
+            trace.close()
             display.close()
             log.close()
 
@@ -132,10 +136,10 @@ def _first_state(
 class _Run:
     """The loop and what it needs at hand."""
 
-    def __init__(self, config, mesh, directory, checkpoints, log, display):
+    def __init__(self, config, mesh, directory, checkpoints, log, display, trace):
         self.config, self.mesh, self.directory = config, mesh, directory
         self.execution = choose_execution(config, mesh.devices.flat[0].platform)
-        self.checkpoints, self.log, self.display = checkpoints, log, display
+        self.checkpoints, self.log, self.display, self.trace = checkpoints, log, display, trace
         self.profile: ExitProfile | None = None
         self.clock = (time.monotonic(), 0)  # when the last logged step ended, and which it was
 
@@ -159,7 +163,10 @@ class _Run:
         with _stop_on_signal() as stop_requested:
             for step in range(first_step + 1, t.total_steps + 1):
                 # Step n is dispatched before the metrics of n-1 are fetched: the device never waits for us.
-                state, metrics = train_step(state, put_batch(next(batches), rows, t.batch_size, sharding))
+                with self.trace.begin_step(step):
+                    state, metrics = train_step(state, put_batch(next(batches), rows, t.batch_size, sharding))
+                if self.trace.end_step(step, metrics):
+                    self.display.note(f"trace of the last steps: {self.trace.folder}")
                 stopping = self._finish_step(*pending) if pending else False
                 pending = (step, metrics, stop_vote.cast(stop_requested()))
                 evaluating = step == t.total_steps or step % self.config.evaluation.every_steps == 0

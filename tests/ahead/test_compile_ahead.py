@@ -1,0 +1,228 @@
+"""Programs compiled for TPUs and GPUs that are not there: `make test-ahead` installs the compilers."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import lsjax
+from lsjax.config import Config
+from lsjax.model.transformer import count_params, init_params
+from lsjax.scale import compile_only, hlo
+from lsjax.scale.ahead import compile_ahead, decode_programs, evaluation_program, train_program
+from lsjax.scale.collectives import collectives
+from lsjax.scale.hardware import parse_topology
+from lsjax.scale.report import describe, summary_line
+from lsjax.scale.search import search
+
+compile_only.prepare()
+pytest.importorskip("libtpu", reason="make test-ahead installs it")
+
+ROOT = Path(__file__).parent.parent.parent
+PAPER = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if "compile_ahead" in path.read_text())
+
+
+def read_config(name: str) -> Config:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Config.from_dict(module.get_config().to_dict())
+
+
+def compiled_for(name: str) -> list[str]:
+    """The lines of a configuration's docstring that say what it was compiled for."""
+    lines = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1].splitlines()
+    return [line.strip() for line in lines if line.strip().startswith(("gpu:", "tpu:"))]
+
+
+def shallow(name="pretrain_7b", **sections) -> Config:
+    """Of full width, but few layers: compiles in seconds."""
+    config = read_config(name)
+    sections = {"model": {"num_layers": 4}, "layerskip": {"exit_rotation": 2}} | sections
+    return dataclasses.replace(
+        config, **{key: dataclasses.replace(getattr(config, key), **values) for key, values in sections.items()}
+    )
+
+
+def report_of(config, topology, make=train_program):
+    program = make(config, parse_topology(topology))
+    outcome = compile_ahead(program)
+    return describe(config, parse_topology(topology), program, outcome), program, outcome
+
+
+@pytest.fixture(scope="module")
+def on_h100():
+    config = shallow()
+    return config, *report_of(config, "gpu:h100:8x8")
+
+
+def test_a_gpu_step_gathers_weights_and_reduces_gradients_and_nothing_else(on_h100):
+    """fsdp=16, data=4. Each layer's weights come twice (forward and backward), the embedding once, the head once for the
+    last exit and twice for each early one; every gradient goes back once."""
+    config, report, _, outcome = on_h100
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), config.model))
+    layers = 2 * sum(leaf.size for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim > 2)
+    head = 2 * params["embed"].size
+    early = 1.5  # exits a step beside the last: 2, 1, 2, 1 ... of layers 0..2
+    gathered = 2 * layers + head * (1 + 1 + 2 * early)
+    assert report["collectives"]["all-gather"]["bytes"] == pytest.approx(gathered, rel=0.005)
+    reduced = layers + head * (1 + 1 + early)
+    scattered = report["collectives"]["reduce-scatter"]["bytes"]
+    assert scattered == pytest.approx(reduced, rel=0.005)
+    # What is left is summed over the 4 replicas: a sixteenth of the gradients, and scalars.
+    assert report["collectives"]["all-reduce"]["bytes"] == pytest.approx(reduced / 16, rel=0.05)
+    largest = max(c.payload for c in collectives(hlo.parse(outcome.text), 64))
+    assert largest <= layers / 4 + 2 * head
+
+
+def test_state_is_donated_and_memory_adds_up(on_h100):
+    config, report, _, outcome = on_h100
+    memory, m = report["memory"], outcome.memory
+    exact = count_params(config.model) * 4 / 16
+    assert memory["parameters"] == pytest.approx(exact, rel=1e-3)
+    assert memory["optimizer"] == pytest.approx(2 * exact, rel=1e-3)
+    assert m.alias_size_in_bytes >= memory["parameters"] + memory["optimizer"]
+    kinds = sum(size for kind, size in memory.items() if kind not in ("total", "available", "margin"))
+    assert memory["total"] == pytest.approx(kinds, rel=1e-3)
+    # elementwise: qkv 3 D, attention and its output 2 D, the input D, gate and up 2 F, in bfloat16, of 2 rows.
+    c, tokens = config.model, config.training.batch_size // 64 * 4096
+    by_hand = c.num_layers * tokens * (6 * c.width + 2 * c.feed_forward_width) * 2
+    assert memory["activations"] == pytest.approx(by_hand, rel=1e-3)
+    assert m.temp_size_in_bytes > by_hand
+    assert report["fits"]
+    assert json.dumps(report)
+
+
+def test_the_bound_is_that_of_the_slowest_part(on_h100):
+    _, report, *_ = on_h100
+    r = report["roofline"]
+    slowest = max(r[f"{part}_seconds"] for part in ("matmul", "memory", "interconnect"))
+    assert r["seconds"] == slowest
+    tokens = 128 * 4096 / 64
+    assert r["matmul_seconds"] == pytest.approx(report["flops_per_token"]["executed"] * tokens / 989e12)
+    assert r["mfu_bound"] == pytest.approx(report["flops_per_token"]["model"] * tokens / 989e12 / slowest)
+    assert r["mfu_bound_causal_without_overlap"] < r["mfu_bound_causal"]
+
+
+def test_evaluation_between_steps(on_h100):
+    config, *_ = on_h100
+    report, *_ = report_of(config, "gpu:h100:8x8", evaluation_program)
+    assert report["fits"]
+    assert report["memory"]["optimizer, waiting"] == pytest.approx(2 * count_params(config.model) * 4 / 16, rel=1e-3)
+    weights = count_params(config.model) * 2
+    assert report["collectives"]["all-gather"]["bytes"] == pytest.approx(weights, rel=0.01)  # each once, in bfloat16
+
+
+def test_a_tpu_step_uses_splash_attention_and_hides_its_gathers():
+    config = shallow("pretrain_1_5b", model={"num_layers": 2}, training={"batch_size": 16})
+    report, _, outcome = report_of(config, "tpu:v5e:2x4")
+    assert report["fits"], summary_line(report)
+    assert "splash" in report["execution"]
+    assert "splash_mqa" in outcome.text
+    assert "async-collective-start" in outcome.text
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), config.model))
+    layers = 2 * sum(leaf.size for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim > 2)
+    head = 2 * params["embed"].size
+    gathered = report["collectives"]["all-gather"]["bytes"]
+    assert 2 * layers < gathered < 3 * layers + 5 * head
+    assert outcome.memory.alias_size_in_bytes >= report["memory"]["parameters"] + report["memory"]["optimizer"]
+
+
+def test_a_configuration_says_what_the_compiler_says():
+    line = next(line for line in compiled_for("pretrain_1_5b") if line.startswith("tpu:"))
+    report, *_ = report_of(read_config("pretrain_1_5b"), line.split()[0])
+    assert summary_line(report) == line
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_run_of_the_paper_fits_its_gpus(name):
+    """With whatever attention is at hand: cuDNN's takes less memory, and is what the docstrings' figures are of."""
+    lines = [line for line in compiled_for(name) if line.startswith("gpu:")]
+    assert lines
+    report, *_ = report_of(read_config(name), lines[0].split()[0])
+    assert report["fits"], summary_line(report)
+    assert "roofline" in report
+
+
+@pytest.mark.parametrize("strategy", [lsjax.Autoregressive(), lsjax.SelfSpeculative(1, 4)], ids=lambda s: s.name)
+def test_a_decoding_loop_holds_weights_and_caches_once(strategy):
+    config = shallow(mesh={"tensor": 8})
+    report, outcome = {}, {}
+    for program in decode_programs(config, parse_topology("gpu:h100:1x8"), strategy, 2, 512, 256):
+        outcome[program.name] = compile_ahead(program)
+        report[program.name] = describe(config, parse_topology("gpu:h100:1x8"), program, outcome[program.name])
+    loop, memory = report[strategy.name], outcome[strategy.name].memory
+    weights = 2 * (count_params(config.model) - 9 * 4096) / 8 + 2 * 9 * 4096
+    assert loop["memory"]["parameters"] == pytest.approx(weights, rel=1e-3)
+    cache = 2 * 4 * 2 * 4 * (512 + 256 + 64) * 128 * 2  # k and v, L, B, K / 8, C, H, bfloat16
+    assert loop["memory"]["caches"] == cache
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes < 0.1 * weights
+    # A round reads the weights once, or the drafting layer d + 1 times and the head d times more.
+    drafting = 1 if strategy.name == "autoregressive" else 4
+    traffic = loop["roofline"]["memory_traffic"]
+    assert 0.9 * weights < traffic < (1 + drafting) * weights + 4 * cache
+
+
+def test_search_ends_at_what_does_not_fit():
+    config = shallow(model={"num_layers": 32}, layerskip={"exit_curriculum": "none"})
+    lines = []
+    best = search(config, parse_topology("gpu:a100-40:1x16"), lines.append)
+    assert best["fits"]
+    assert best["trials"] == lines
+    assert best["setting"]["config.training.batch_size"] >= 16
+    assert any("does not fit" in line for line in lines)
+    speeds = [float(line.rsplit(" ", 1)[1].rstrip("%")) for line in lines if ": fits" in line]
+    found = 100 * best["roofline"]["mfu_bound_causal_without_overlap"]
+    assert found == pytest.approx(max(speeds), abs=0.06)
+    assert "gains less" in best["why_not_more"] or "does not fit" in best["why_not_more"]
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "launch" / "compile_ahead.py", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+def test_what_does_not_fit_is_status_1_and_names_the_largest(tmp_path):
+    done = command(
+        "--config=configs/pretrain_70b.py",
+        "--config.mesh.fsdp=-1",
+        "--config.mesh.data=1",
+        "--topology=gpu:h100:8",
+        f"--report={tmp_path / 'report.json'}",
+    )
+    assert done.returncode == 1, done.stderr
+    assert "DOES NOT FIT" in done.stdout
+    assert "gpu:h100:1x8 train: does not fit" in done.stdout
+    (report,) = json.loads((tmp_path / "report.json").read_text())["programs"]
+    assert not report["fits"]
+    assert report["memory"]["optimizer"] > 60 * 2**30  # 70e9 x 8 bytes over 8 devices
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=tpu:v5e:3x5"], "cannot describe --topology=tpu:v5e:3x5"),
+        (
+            ["--topology=gpu:h100:8", "--config.mesh.tensor=3"],
+            "(data=-1, fsdp=16, tensor=3) does not fit 8",
+        ),
+        (["--topology=gpu:h100:8x8", "--config.training.batch_size=30"], "a microbatch is 30 sequences"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message):
+    done = command("--config=configs/pretrain_7b.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
