@@ -6,8 +6,10 @@ READY := $(VENV)/.ready
 JOBS ?= 2
 
 PARITY := $(VENV)/.parity
+AHEAD_VENV ?= .venv-ahead
+AHEAD := $(AHEAD_VENV)/.ready
 
-.PHONY: demo demo-pretrained test test-parity lint format lock clean
+.PHONY: demo demo-pretrained test test-parity test-ahead ahead lint format lock clean
 
 demo: $(READY)  ## Train a small LayerSkip Llama on real text and benchmark its decoding.
 	$(RUN) launch/demo.py --config=configs/demo.py --workdir=runs/demo
@@ -16,10 +18,15 @@ demo-pretrained: $(READY)  ## Continue a real Llama, SmolLM2-135M, with LayerSki
 	$(RUN) launch/demo_pretrained.py --config=configs/continual_smollm2_135m.py --workdir=runs/smollm2
 
 test: $(READY)  ## The tests.
-	$(RUN) -m pytest -n $(JOBS) --dist loadfile --ignore=tests/parity
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile --ignore=tests/parity --ignore=tests/ahead
 
 test-parity: $(PARITY)  ## Against PyTorch transformers on the same weights (torch is large).
 	$(RUN) -m pytest tests/parity
+
+ahead: $(AHEAD)  ## The compilers for TPU and GPU, in an environment of their own: launch/compile_ahead.py.
+
+test-ahead: $(AHEAD)  ## Programs compiled for TPUs and GPUs that are not there.
+	$(AHEAD_VENV)/bin/python -m pytest -n $(JOBS) tests/ahead
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -35,7 +42,7 @@ lock: $(READY)  ## Resolve pyproject.toml anew into requirements.lock.
 		--output-file requirements.lock pyproject.toml
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(AHEAD_VENV) runs build *.egg-info
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lsjax needs Python 3.11 or newer, got " + sys.version)'
@@ -49,3 +56,12 @@ $(PARITY): $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock accelerate "transformers>=5.23" "sentencepiece>=0.2.2"
 	touch $(PARITY)
+
+# Of its own: where these are installed, JAX looks for a TPU and for CUDA each time it starts.
+$(AHEAD): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(AHEAD_VENV)
+	$(AHEAD_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(AHEAD_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
+		"jax[cuda13-local,tpu]" libtpu==0.0.42.1
+	$(AHEAD_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $(AHEAD)

@@ -1,15 +1,16 @@
 """Llama 2 13B continued with LayerSkip (arXiv 2404.16710, section 5 and Tables 8-10).
 
-52B tokens: 4 sequences a GPU on 64 A100 80 GB for 50,000 steps, learning rate 2e-5. R = L - 1: one early exit a
-step.
+52B tokens: 4 sequences a GPU on 64 A100 80 GB for 50,000 steps, learning rate 2e-5. R = L - 1: one early exit a step.
 Expected: CNN/DM: self-speculation at exit layer 15 with 12 drafts 1.81 times faster, 75 % accepted (its Table 3).
 Not in the paper, chosen here: the corpus, optimizer betas, weight decay, warm-up, decay schedule, clipping and number
 types.
 
   python launch/train.py --config=configs/continual_llama2_13b.py --workdir=runs/continual_llama2_13b
 
-Compiled ahead of time (launch/compile_ahead.py; bounds from peak rates, not measurements):
-  to be measured
+Compiled ahead of time (launch/compile_ahead.py; the bounds are of peak rates, not measurements;
+on GPU with the attention of cuDNN):
+  gpu:a100-80:8x8 train: fits, 56.2 of 72.9 GiB; bound by matmul, 5.02 s; MFU bound 91% (causal 86%)
+  tpu:v5p:4x4x4 train: fits, 65.4 of 95.7 GiB; bound by matmul, 3.41 s; MFU bound 91% (causal 86%)
 """
 
 import ml_collections

@@ -2,16 +2,17 @@
 
 52B tokens: 4 sequences a GPU on 64 A100 80 GB for 50,000 steps, learning rate 3e-5, dropout constant in time.
 Expected: CNN/DM: self-speculation at exit layer 8 with 12 drafts 1.86 times faster, 69 % accepted; WikiText
-perplexity 4.30
-at the
-last layer (4.32 before) and 8.12 at the middle one (1900 before) (its Tables 1 and 3).
+perplexity 4.30 at the last layer (4.32 before) and 8.12 at the middle one (1900 before) (its Tables 1 and 3).
 Not in the paper, chosen here: the corpus, optimizer betas, weight decay, warm-up, decay schedule, clipping and number
 types.
 
   python launch/train.py --config=configs/continual_llama2_7b.py --workdir=runs/continual_llama2_7b
 
-Compiled ahead of time (launch/compile_ahead.py; bounds from peak rates, not measurements):
-  to be measured
+Compiled ahead of time (launch/compile_ahead.py; the bounds are of peak rates, not measurements;
+on GPU with the attention of cuDNN):
+  gpu:a100-80:8x8 train: fits, 56.3 of 72.9 GiB; bound by matmul, 2.49 s; MFU bound 97% (causal 90%)
+  gpu:h100:8x8 train: fits, 56.7 of 72.8 GiB; bound by matmul, 0.786 s; MFU bound 97% (causal 90%)
+  tpu:v5p:4x4x4 train: fits, 61.7 of 95.7 GiB; bound by matmul, 1.69 s; MFU bound 97% (causal 90%)
 """
 
 import ml_collections

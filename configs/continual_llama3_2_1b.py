@@ -2,15 +2,16 @@
 
 839B tokens, which is all that the paper gives beside p_max, e_scale and R: here 200,000 steps of 1,024 sequences.
 Expected: self-speculation at exit layer 4 1.80 times faster on an A100 (the authors' article); MMLU 31.2 -> 24.8 (its
-Table
-2).
+Table 2).
 Not in the paper, chosen here: steps, batch, sequence length, learning rate (here 3e-5), the hardware, the corpus,
 optimizer betas, weight decay, warm-up, decay schedule, clipping and number types.
 
   python launch/train.py --config=configs/continual_llama3_2_1b.py --workdir=runs/continual_llama3_2_1b
 
-Compiled ahead of time (launch/compile_ahead.py; bounds from peak rates, not measurements):
-  to be measured
+Compiled ahead of time (launch/compile_ahead.py; the bounds are of peak rates, not measurements;
+on GPU with the attention of cuDNN):
+  gpu:a100-80:8x8 train: fits, 21.8 of 72.9 GiB; bound by matmul, 2.58 s; MFU bound 73% (causal 67%)
+  tpu:v5p:4x4x4 train: fits, 25.1 of 95.7 GiB; bound by matmul, 1.76 s; MFU bound 73% (causal 67%)
 """
 
 import ml_collections

@@ -2,15 +2,16 @@
 
 32 sequences a GPU on 8 A100 80 GB for 5,800 steps, learning rate 1e-4, exits switched on gradually.
 Expected: exact match 82.9 % (85.9 % without LayerSkip); self-speculation at exit layer 6 2.0 times faster, 76 %
-accepted
-(Table 6).
-Not in the paper, chosen here: how utterances are packed (here to 4,096 tokens), optimizer betas, weight decay, warm-
-up, decay schedule, clipping and number types.
+accepted (Table 6).
+Not in the paper, chosen here: how utterances are packed (here to 4,096 tokens), optimizer betas, weight decay,
+warm-up, decay schedule, clipping and number types.
 
   python launch/train.py --config=configs/finetune_topv2_1_5b.py --workdir=runs/finetune_topv2_1_5b
 
-Compiled ahead of time (launch/compile_ahead.py; bounds from peak rates, not measurements):
-  to be measured
+Compiled ahead of time (launch/compile_ahead.py; the bounds are of peak rates, not measurements;
+on GPU with the attention of cuDNN):
+  gpu:a100-80:1x8 train: fits, 23.2 of 72.9 GiB; bound by matmul, 7.63 s; MFU bound 56% (causal 50%)
+  tpu:v5p:2x2x2 train: fits, 26.9 of 95.7 GiB; bound by matmul, 5.19 s; MFU bound 56% (causal 50%)
 """
 
 import ml_collections

@@ -8,8 +8,10 @@ betas, weight decay, warm-up, decay schedule, clipping and number types.
 
   python launch/train.py --config=configs/pretrain_1_5b.py --workdir=runs/pretrain_1_5b
 
-Compiled ahead of time (launch/compile_ahead.py; bounds from peak rates, not measurements):
-  to be measured
+Compiled ahead of time (launch/compile_ahead.py; the bounds are of peak rates, not measurements;
+on GPU with the attention of cuDNN):
+  gpu:a100-80:4x8 train: fits, 22.3 of 72.9 GiB; bound by matmul, 0.511 s; MFU bound 105% (causal 93%)
+  tpu:v5p:2x4x4 train: fits, 24.1 of 95.7 GiB; bound by matmul, 0.347 s; MFU bound 105% (causal 93%)
 """
 
 import ml_collections

@@ -6,8 +6,10 @@ Not in the paper, chosen here: all but the recipe, which is that of pretrain_7b.
 
   python launch/train.py --config=configs/pretrain_70b.py --workdir=runs/pretrain_70b
 
-Compiled ahead of time (launch/compile_ahead.py; bounds from peak rates, not measurements):
-  to be measured
+Compiled ahead of time (launch/compile_ahead.py; the bounds are of peak rates, not measurements;
+on GPU with the attention of cuDNN):
+  gpu:a100-80:32x8 train: fits, 47.5 of 72.9 GiB; bound by matmul, 28.2 s; MFU bound 83% (causal 80%)
+  tpu:v5p:4x8x8 train: fits, 54.9 of 95.7 GiB; bound by matmul, 19.2 s; MFU bound 83% (causal 80%)
 """
 
 import ml_collections

@@ -8,8 +8,12 @@ for a misprint of 32), the corpus, optimizer betas, weight decay, warm-up, decay
 
   python launch/train.py --config=configs/pretrain_7b.py --workdir=runs/pretrain_7b
 
-Compiled ahead of time (launch/compile_ahead.py; bounds from peak rates, not measurements):
-  to be measured
+Compiled ahead of time (launch/compile_ahead.py; the bounds are of peak rates, not measurements;
+on GPU with the attention of cuDNN):
+  gpu:a100-80:4x8 train: fits, 56.3 of 72.9 GiB; bound by matmul, 2.33 s; MFU bound 104% (causal 96%)
+  gpu:h100:8x8 train: fits, 32.3 of 72.8 GiB; bound by matmul, 0.368 s; MFU bound 104% (causal 96%)
+  tpu:v5p:2x4x4 train: fits, 61.7 of 95.7 GiB; bound by matmul, 1.59 s; MFU bound 104% (causal 96%)
+  tpu:v5p:4x4x4 train: fits, 34.6 of 95.7 GiB; bound by matmul, 0.793 s; MFU bound 104% (causal 96%)
 """
 
 import ml_collections

@@ -14,6 +14,8 @@ checkpoints/, metrics.jsonl, evaluations.jsonl, tensorboard/, config.json and to
 launch/decode.py --model= takes.
 """
 
+import os
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -35,6 +37,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
+    # Of a GPU's memory, XLA takes 75 % unless told so; compile_ahead reckons with this share.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     config = commands.read_config(CONFIG)
     if not COORDINATOR.value and (NUM_PROCESSES.value, PROCESS_ID.value) != (None, None):
         raise UserError("--num_processes and --process_id go with --coordinator=HOST:PORT")

@@ -1,5 +1,6 @@
 """The commands as a user runs them: real processes, one clear line and exit status 2 on bad input."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -181,7 +182,31 @@ def test_bad_conversion_input(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["train.py", "decode.py", "convert.py", "demo.py", "demo_pretrained.py"])
+BAD_AHEAD = {
+    "no topology": ([], "--topology"),
+    "a chip that is none": (["--topology=tpu:v9:4x4"], "a chip of tpu:v4, tpu:v5e"),
+    "a size that is none": (["--topology=tpu:v5p:4x4"], "a size of tpu:v5p is NxNxN"),
+    "an unknown program": (["--topology=gpu:h100:8", "--program=sing"], "--program"),
+    "report folder": (["--topology=gpu:h100:8", "--report={tmp}/no/report.json"], "folder does not exist"),
+}
+if importlib.util.find_spec("libtpu") is None:
+    BAD_AHEAD["no compiler for TPU"] = (["--topology=tpu:v5p:4x4x4"], "make ahead")
+    BAD_AHEAD["no compiler for GPU"] = (["--topology=gpu:h100:8x8"], "make ahead")
+
+
+@pytest.mark.parametrize("name", BAD_AHEAD)
+def test_bad_input_to_compile_ahead(name, tmp_path):
+    arguments, message = BAD_AHEAD[name]
+    result = run("compile_ahead.py", "--config=configs/pretrain_7b.py", *(a.format(tmp=tmp_path) for a in arguments))
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
+COMMANDS = ["train.py", "decode.py", "convert.py", "compile_ahead.py", "demo.py", "demo_pretrained.py"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command):
     result = run(command, "--help")
     assert f"python launch/{command} --" in result.stdout

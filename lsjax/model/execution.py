@@ -37,7 +37,11 @@ def choose_execution(config: Config, platform: str | None = None) -> Execution:
 # What the compiler is told beyond its defaults, by platform: docs/accelerators.md says why, one by one.
 COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {
     "cpu": {},
-    "gpu": {},
+    "gpu": {
+        "xla_gpu_enable_pipelined_all_gather": True,
+        "xla_gpu_enable_pipelined_all_reduce": True,
+        "xla_gpu_enable_pipelined_reduce_scatter": True,
+    },
     "tpu": {
         "xla_enable_async_all_gather": True,
         "xla_tpu_enable_async_collective_fusion": True,

@@ -15,13 +15,15 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 class Collective(NamedTuple):
     """`payload`: bytes of the whole array on one device (what an all-gather gives, what a reduction takes).
-    `group`: device ids that take part in it together, as one of such groups. `times`: a run of the program."""
+    `group`: device ids that take part in it together, as one of such groups. `times`: a run of the program. `hidden`:
+    the compiler's schedule has the device compute while it is under way (a loop, kernel or matrix product)."""
 
     kind: str
     payload: int
     group: tuple[int, ...]
     times: float
     operation: str
+    hidden: bool = False
 
     @property
     def received(self) -> float:
@@ -61,8 +63,28 @@ def collectives(
             seen.add(same)
         group = _group(collective.attributes, devices)
         if len(group) > 1:
-            found.append(Collective(kind, _payload(kind, collective), group, times, instruction.operation))
+            hidden = _hidden(program, instruction)
+            found.append(Collective(kind, _payload(kind, collective), group, times, instruction.operation, hidden))
     return found
+
+
+def _hidden(program: hlo.Program, instruction: hlo.Instruction) -> bool:
+    """A compiled program's text is in the order in which it runs: is there work between a start and its end?"""
+    if instruction.opcode == "fusion":
+        return True  # with a matrix product in the same kernel (XLA:TPU)
+    if not instruction.opcode.endswith("-start"):
+        return False
+    computation = next(c for c in program.computations.values() if c.get(instruction.name) is instruction)
+    after = iter(computation.values())
+    for other in after:
+        if other is instruction:
+            break
+    for other in after:
+        if instruction.name in other.operands:
+            return False
+        if other.opcode in ("while", "conditional", "custom-call", "dot", "convolution") or "gemm" in other.name:
+            return True
+    return False
 
 
 def _collective_of(program: hlo.Program, instruction: hlo.Instruction) -> tuple[str, hlo.Instruction] | None:
@@ -132,15 +154,18 @@ def _iota(text: str) -> np.ndarray:
 
 
 def summarize(found: list[Collective], topology: Topology) -> dict[str, dict[str, float]]:
-    """{kind: {count, bytes (payload), received_bytes, seconds}} of one run, on one device."""
+    """{kind: {count, bytes (payload), received_bytes, seconds, hidden (share of the seconds)}} of one run, on one
+    device."""
     table = {}
     for kind in KINDS:
         mine = [c for c in found if c.kind == kind]
         if mine:
+            seconds = sum(c.times * c.seconds(topology) for c in mine)
             table[kind] = {
                 "count": sum(c.times for c in mine),
                 "bytes": sum(c.times * c.payload for c in mine),
                 "received_bytes": sum(c.times * c.received for c in mine),
-                "seconds": sum(c.times * c.seconds(topology) for c in mine),
+                "seconds": seconds,
+                "hidden": sum(c.times * c.seconds(topology) for c in mine if c.hidden) / seconds,
             }
     return table

@@ -38,8 +38,8 @@ def compile_only_devices(topology: Topology) -> list[jax.Device]:
         return make(topology)
     except (RuntimeError, ValueError, NotImplementedError, FileNotFoundError) as error:
         reason = str(error).strip().splitlines()[0][:300]
-        missing = any(word in reason.lower() for word in ("libtpu", "backend", "unable to initialize", "plugin"))
-        fix = "; install the compilers with: pip install 'lsjax[ahead]'" if missing else ""
+        missing = "not installed" in reason or "not implemented for cuda" in reason
+        fix = "; the compilers come with `make ahead`, or pip install 'lsjax[ahead]'" if missing else ""
         raise UserError(f"cannot describe --topology={topology}: {reason}{fix}") from None
 
 

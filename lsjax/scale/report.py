@@ -15,7 +15,7 @@ from lsjax.scale.flops import early_exits, forward_flops, skipped_share, step_fl
 from lsjax.scale.hardware import GIB, Topology
 from lsjax.scale.traffic import memory_traffic
 
-# Of a GPU's memory: the rest is CUDA's and NCCL's. launch/train.py tells XLA so (XLA_PYTHON_CLIENT_MEM_FRACTION).
+# Of a GPU's memory: the rest is CUDA's and NCCL's. launch/train.py tells XLA the same (XLA_PYTHON_CLIENT_MEM_FRACTION).
 GPU_SHARE = 0.92
 
 
@@ -118,6 +118,8 @@ def summary_line(report: dict[str, Any]) -> str:
     line = (
         f"{report['topology']} {report['program']}: {verdict}, {m['total'] / GIB:.1f} of {m['available'] / GIB:.1f} GiB"
     )
+    if not report["fits"]:
+        line += f" (largest: {largest(m)})"
     if "roofline" not in report:
         return line
     r = report["roofline"]
@@ -125,6 +127,13 @@ def summary_line(report: dict[str, Any]) -> str:
     if "mfu_bound" in r:
         line += f"; MFU bound {r['mfu_bound']:.0%} (causal {r['mfu_bound_causal']:.0%})"
     return line
+
+
+def largest(memory: dict[str, int], count: int = 3) -> str:
+    """ "activations 72.3, temporaries 3.2 GiB": what takes most of a device."""
+    kinds = [kind for kind in memory if kind not in ("total", "available", "margin")]
+    kinds = sorted(kinds, key=memory.get, reverse=True)[:count]
+    return ", ".join(f"{kind} {memory[kind] / GIB:.1f}" for kind in kinds) + " GiB"
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
@@ -146,10 +155,10 @@ def _memory_table(report: dict[str, Any]) -> Table:
 
 
 def _wires_table(report: dict[str, Any]) -> Table:
-    table = _table("sent between devices, a run", "collective", "times", "GiB", "received GiB", "ms at least")
+    table = _table("sent between devices, a run", "collective", "times", "GiB", "received GiB", "ms at least", "hidden")
     for kind, c in report["collectives"].items():
         numbers = f"{c['count']:.0f}", f"{c['bytes'] / GIB:.3f}", f"{c['received_bytes'] / GIB:.3f}"
-        table.add_row(kind, *numbers, f"{1e3 * c['seconds']:.2f}")
+        table.add_row(kind, *numbers, f"{1e3 * c['seconds']:.2f}", f"{c['hidden']:.0%}")
     return table
 
 

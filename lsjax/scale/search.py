@@ -8,7 +8,7 @@ from lsjax.config import Config
 from lsjax.model.rematerialize import KEPT
 from lsjax.scale.ahead import compile_ahead, train_mesh, train_program
 from lsjax.scale.hardware import GIB, Topology
-from lsjax.scale.report import describe
+from lsjax.scale.report import describe, largest
 
 
 def search(config: Config, topology: Topology, note: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -58,9 +58,7 @@ def _line(report: dict[str, Any]) -> str:
     """One trial, for the log."""
     m, setting = report["memory"], " ".join(f"--{key}={value}" for key, value in report["setting"].items())
     if not report["fits"]:
-        kinds = sorted((k for k in m if k not in ("total", "available", "margin")), key=m.get, reverse=True)
-        largest = ", ".join(f"{kind} {m[kind] / GIB:.1f}" for kind in kinds[:2])
-        return f"{setting}: does not fit, {m['total'] / GIB:.1f} of {m['available'] / GIB:.1f} GiB ({largest})"
+        return f"{setting}: does not fit, {m['total'] / GIB:.1f} of {m['available'] / GIB:.1f} GiB ({largest(m)})"
     r = report["roofline"]
     return (
         f"{setting}: fits, {m['total'] / GIB:.1f} of {m['available'] / GIB:.1f} GiB; MFU bound "

@@ -62,8 +62,8 @@ def on_h100():
 
 
 def test_a_gpu_step_gathers_weights_and_reduces_gradients_and_nothing_else(on_h100):
-    """fsdp=16, data=4. Each layer's weights come twice (forward and backward), the embedding once, the head once for the
-    last exit and twice for each early one; every gradient goes back once."""
+    """fsdp=16, data=4. Each layer's weights come twice (forward and backward), the embedding once, the head once for
+    the last exit and twice for each early one; every gradient goes back once."""
     config, report, _, outcome = on_h100
     params = jax.eval_shape(lambda: init_params(jax.random.key(0), config.model))
     layers = 2 * sum(leaf.size for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim > 2)
@@ -205,6 +205,7 @@ def test_what_does_not_fit_is_status_1_and_names_the_largest(tmp_path):
     assert done.returncode == 1, done.stderr
     assert "DOES NOT FIT" in done.stdout
     assert "gpu:h100:1x8 train: does not fit" in done.stdout
+    assert "(largest: activations " in done.stdout
     (report,) = json.loads((tmp_path / "report.json").read_text())["programs"]
     assert not report["fits"]
     assert report["memory"]["optimizer"] > 60 * 2**30  # 70e9 x 8 bytes over 8 devices

@@ -224,3 +224,13 @@ def test_text_that_changed_under_a_run_is_noticed(tiny_run, tmp_path, text_folde
     (changing / "argparse.py").write_text("entirely = 'different'\n" * 2000)
     with pytest.raises(UserError, match="the corpus has changed since the run began"):
         train(config, tmp_path / "run", verbose=False)
+
+
+def test_a_profile_traces_the_steps_asked_for(tiny_run, tmp_path):
+    import gzip
+
+    train(tiny_run, tmp_path, verbose=False, profile_steps=2)
+    (path,) = (tmp_path / "profile").glob("**/*.trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert {event["args"]["step_num"] for event in events if event.get("name") == "train"} == {"3", "4"}
+    assert any("train_step" in event.get("name", "") for event in events)

@@ -1,0 +1,69 @@
+"""Every configuration is valid, and the paper's runs are the paper's: arXiv 2404.16710, Tables 8 to 10."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from lsjax.config import Config
+from lsjax.model.transformer import count_params
+
+FOLDER = Path(__file__).parent.parent / "configs"
+
+# Layers, width, tokens seen, learning rate, p_max, S(t), e_scale, curriculum (its R). None: not in the paper.
+PAPER = {
+    "pretrain_1_5b": (24, 2048, 26e9, 8e-4, 0.1, "exponential", 0.2, 23),
+    "pretrain_7b": (32, 4096, 26e9, 8e-4, 0.2, "exponential", 0.2, 31),
+    "continual_llama2_7b": (32, 4096, 52e9, 3e-5, 0.1, "constant", 0.2, 8),
+    "continual_llama2_13b": (40, 5120, 52e9, 2e-5, 0.1, "constant", 0.1, 39),
+    "continual_llama3_8b": (32, 4096, 419e9, None, 0.1, "constant", 0.1, 8),
+    "continual_llama3_2_1b": (16, 2048, 839e9, None, 0.1, "constant", 0.1, 8),
+    "finetune_code_7b": (32, 4096, 5.2e9, 1e-4, 0.1, "constant", 1.0, 16),
+    "finetune_topv2_1_5b": (24, 2048, 5800 * 256 * 4096, 1e-4, 0.2, "constant", 1.0, "gradual"),
+}
+# Published parameter counts.
+PARAMETERS = {
+    "pretrain_7b": 6_738_415_616,
+    "continual_llama2_13b": 13_015_864_320,
+    "continual_llama3_8b": 8_030_261_248,
+    "continual_llama3_2_1b": 1_235_814_400,
+    "finetune_code_7b": 6_738_415_616,
+    "pretrain_70b": 68_976_648_192,
+}
+
+
+def read(name: str) -> Config:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Config.from_dict(module.get_config().to_dict())
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_it_is_valid_and_says_how_to_run_it(path):
+    if path.stem != "continual_smollm2_135m":  # reads the shape of a file that make demo-pretrained fetches
+        read(path.stem)
+    assert f"--config=configs/{path.name}" in path.read_text() or "make demo" in path.read_text()
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_run_of_the_paper_has_its_values(name):
+    config = read(name)
+    layers, width, tokens, rate, p_max, in_time, e_scale, curriculum = PAPER[name]
+    c, s, t = config.model, config.layerskip, config.training
+    assert (c.num_layers, c.width) == (layers, width)
+    assert t.total_steps * t.batch_size * t.sequence_length == pytest.approx(tokens, rel=0.02)
+    assert rate is None or t.learning_rate == rate
+    assert (s.dropout_max_rate, s.dropout_depth_schedule, s.dropout_time_schedule) == (p_max, "exponential", in_time)
+    assert s.exit_scale == e_scale
+    assert curriculum in (s.exit_rotation, s.exit_curriculum)
+    assert s.exit_curriculum == ("gradual" if curriculum == "gradual" else "rotational")
+    extras = s.exit_weight_floor, s.exit_distillation, s.exit_first, s.exit_token_stride, s.exits_train_head
+    assert extras == (0, 0, 1, 1, True)
+    assert s.dropout_granularity == "sample"
+    assert not s.dropout_rescale
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_published_model_has_its_published_size(name):
+    assert count_params(read(name).model) == PARAMETERS[name]
