@@ -1,7 +1,8 @@
 """Cross-entropy at several exits without ever holding the logits of more than one chunk of tokens.
 
 The gradient of a chunk is formed right after its logits, in the forward pass: what the backward pass needs of an
-exit is then one [B, S, D] array, and no logits are computed twice.
+exit is then one [B, S, D] array, and no logits are computed twice. (Inside the layer loop they are: there, keeping the
+gradient of the head for every layer would be dearer.)
 """
 
 import functools
@@ -101,9 +102,10 @@ def _laid_out(of_params, of_states):
 def _normed_run(params, states, text: _Text, per_exit, static: _Static, with_gradient: bool):
     """The exits' states through the final norm, and then judged."""
     head = head_matrix(params)
-    norm = lambda scale, x: constrain(  # noqa: E731
-        final_norm({"final_norm": scale}, constrain(x, *_STATES), static.config), *_STATES
-    )
+
+    def norm(scale, x):
+        return constrain(final_norm({"final_norm": scale}, constrain(x, *_STATES), static.config), *_STATES)
+
     if not with_gradient:
         normed = norm(params["final_norm"], states)
         return _mesh_run(head, normed, text, per_exit, static, with_gradient)
@@ -149,7 +151,7 @@ def _mesh_run(head, states, text: _Text, per_exit, static: _Static, with_gradien
 
 def _run_rows(head, states, text: _Text, per_exit, static, with_gradient: bool):
     """The same of one device's rows: chunk by chunk, in each exit by exit."""
-    chunk, distillation, head_learns = static[1:]
+    _, chunk, distillation, head_learns = static
 
     def chunk_losses(head_sum, piece):
         states, text = piece
