@@ -1,5 +1,6 @@
 """Compiles the real programs for hardware that is not there, and says what they will need of it."""
 
+import functools
 import math
 import time
 from typing import Any, NamedTuple
@@ -12,13 +13,14 @@ from lsjax.checkpoint import abstract_arrays
 from lsjax.config import Config, MeshConfig
 from lsjax.data.batch import Batch
 from lsjax.decoding.passes import decoder_weights
-from lsjax.decoding.programs import DecodeShape, lower_decoding
+from lsjax.decoding.programs import DecodeShape, last_layer, lower_decoding
 from lsjax.decoding.strategies import Strategy, check_strategy
 from lsjax.errors import UserError
 from lsjax.evaluation.exits import evaluate_batch, evaluated_exits
 from lsjax.model.execution import Execution, choose_execution
 from lsjax.model.transformer import init_params
 from lsjax.scale.compile_only import compile_only_devices
+from lsjax.scale.flops import evaluation_flops, forward_flops, round_flops, step_flops
 from lsjax.scale.hardware import Topology
 from lsjax.scale.sharding import batch_sharding, check_batch, decoder_shardings, make_mesh
 from lsjax.training.step import init_state, make_train_step, microbatch_residuals, state_shardings
@@ -26,18 +28,21 @@ from lsjax.training.step import init_state, make_train_step, microbatch_residual
 
 class Ahead(NamedTuple):
     """A program lowered for a mesh of devices that only compile. `held`: {kind: bytes that one device holds for it}
-    of what goes in; `kept`: bytes of activations among its temporaries. `text` is HLO, once compiled."""
+    of what goes in; `kept`: bytes of activations among its temporaries. `flops`: of a token, by kind, `executed` among
+    them; `tokens`: of one device, a run (a round, for a decoding loop)."""
 
     name: str
     mesh: Mesh
     execution: Execution
     lowered: jax.stages.Lowered
     held: dict[str, int]
+    flops: dict[str, float]
+    tokens: float
     kept: int = 0
 
 
 class Outcome(NamedTuple):
-    """`memory` is None when the compiler refused the program for want of it; `problem` then is what it said."""
+    """`text` is HLO; `memory` is None when the compiler refused the program for want of it, as `problem` then says."""
 
     seconds: float
     text: str = ""
@@ -65,8 +70,10 @@ def train_program(config: Config, topology: Topology) -> Ahead:
         "optimizer": device_bytes(state.optimizer),
         "batch": device_bytes(batch),
     }
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    return Ahead("train", mesh, choose_execution(config, topology.chip.platform), lowered, held, kept // ways)
+    ways, flops = mesh.shape["data"] * mesh.shape["fsdp"], step_flops(config)
+    by_kind = flops._asdict() | {"executed": flops.executed}
+    execution, tokens = choose_execution(config, topology.chip.platform), t.batch_size * t.sequence_length / mesh.size
+    return Ahead("train", mesh, execution, lowered, held, by_kind, tokens, kept // ways)
 
 
 def evaluation_program(config: Config, topology: Topology) -> Ahead:
@@ -81,7 +88,9 @@ def evaluation_program(config: Config, topology: Topology) -> Ahead:
         traced = evaluate_batch.trace(state.params, batch, config.model, exits, execution)
         lowered = traced.lower(lowering_platforms=(_platform(topology),))
     held = {"parameters": device_bytes(state.params), "batch": device_bytes(batch)}
-    return Ahead("evaluation", mesh, execution, lowered, held | {"optimizer, waiting": device_bytes(state.optimizer)})
+    held |= {"optimizer, waiting": device_bytes(state.optimizer)}
+    tokens = config.training.batch_size * config.training.sequence_length / mesh.size
+    return Ahead("evaluation", mesh, execution, lowered, held, {"executed": evaluation_flops(config)}, tokens)
 
 
 def decode_programs(
@@ -102,8 +111,25 @@ def decode_programs(
     cache = 2 * c.num_layers * rows * (c.num_kv_heads // ways) * capacity * c.head_width * 2
     held = {"parameters": device_bytes(weights), "caches": cache}
     execution = choose_execution(config, topology.chip.platform)._replace(compute_dtype=jnp.dtype("bfloat16"))
-    names = (f"prefill ({strategy.name})", strategy.name)
-    return tuple(Ahead(name, mesh, execution, low, held) for name, low in zip(names, programs, strict=True))
+    make = functools.partial(Ahead, mesh=mesh, execution=execution, held=held)
+    prefilled, a_round = _decode_flops(config, strategy, prompt_tokens, capacity)
+    share = rows / ways
+    return (
+        make(f"prefill ({strategy.name})", lowered=programs[0], flops=prefilled, tokens=share * prompt_tokens),
+        make(strategy.name, lowered=programs[1], flops=a_round, tokens=share),
+    )
+
+
+def _decode_flops(config: Config, strategy: Strategy, prompt: int, capacity: int) -> tuple[dict, dict]:
+    """Of a prompt's token, and of a row in a round."""
+    c, layers = config.model, last_layer(config.model, strategy)
+    forward = forward_flops(c, prompt)
+    through = (forward.layers + forward.attention_causal) * layers / c.num_layers
+    if strategy.name == "self_speculative":
+        a_round = round_flops(c, capacity, strategy.exit_layer, strategy.num_speculations, strategy.exit_layer)
+    else:
+        a_round = round_flops(c, capacity, layers, 1, None)
+    return {"executed": through + forward.head / prompt}, {"executed": a_round}
 
 
 def compile_ahead(program: Ahead) -> Outcome:

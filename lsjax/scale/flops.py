@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lsjax.config import Config, ModelConfig
+from lsjax.evaluation.exits import evaluated_exits
 from lsjax.layerskip.dropout import layer_dropout_rates
 from lsjax.layerskip.exits import exit_curriculum
 from lsjax.scale.hardware import Chip
@@ -77,6 +78,25 @@ def step_flops(config: Config) -> StepFlops:
         skipped=3 * (1 - run) * (forward.layers + forward.attention_causal),
         recomputed=recomputed,
     )
+
+
+def evaluation_flops(config: Config) -> float:
+    """Of one token: the forward pass, and the head at each exit evaluated."""
+    forward = forward_flops(config.model, config.training.sequence_length)
+    exits = len(evaluated_exits(config.model.num_layers, config.evaluation.exit_stride))
+    return forward.model(causal=True) + (exits - 1) * forward.head
+
+
+def round_flops(config: ModelConfig, capacity: int, exit_layer: int, drafted: int, verified_from: int | None) -> float:
+    """Of one row in a round of a decoding loop that reads `capacity` cache entries. `drafted` tokens through layers
+    0 .. exit_layer and the head; with `verified_from` E, one more through layers 0 .. E, and d + 1 through the rest."""
+    forward = forward_flops(config, capacity)
+    layer = (forward.layers + forward.attention_full) / config.num_layers
+    flops = drafted * (exit_layer * layer + forward.head)
+    if verified_from is None:
+        return flops
+    rest = (config.num_layers - verified_from) * layer + forward.head
+    return flops + verified_from * layer + (drafted + 1) * rest
 
 
 def _recomputed_layers(config: Config, forward: TokenFlops) -> float:

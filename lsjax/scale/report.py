@@ -11,7 +11,7 @@ from lsjax.model.transformer import LAYER_BRANCH
 from lsjax.scale import hlo
 from lsjax.scale.ahead import Ahead, Outcome
 from lsjax.scale.collectives import collectives, summarize
-from lsjax.scale.flops import early_exits, forward_flops, skipped_share, step_flops
+from lsjax.scale.flops import early_exits, skipped_share
 from lsjax.scale.hardware import GIB, Topology
 from lsjax.scale.traffic import memory_traffic
 
@@ -37,7 +37,7 @@ def describe(config: Config, topology: Topology, program: Ahead, outcome: Outcom
     share = _shares(config)
     sent = summarize(collectives(parsed, program.mesh.size, share), topology)
     report["collectives"] = sent
-    return report | _roofline(config, topology, program, parsed, share, sent)
+    return report | _roofline(topology, program, parsed, share, sent)
 
 
 def memory_use(topology: Topology, program: Ahead, outcome: Outcome) -> dict[str, int]:
@@ -74,14 +74,11 @@ def _shares(config: Config):
     return share
 
 
-def _roofline(config: Config, topology: Topology, program: Ahead, parsed: hlo.Program, share, sent) -> dict[str, Any]:
+def _roofline(topology: Topology, program: Ahead, parsed: hlo.Program, share, sent) -> dict[str, Any]:
     chip = topology.chip
-    tokens = config.training.batch_size * config.training.sequence_length / program.mesh.size
-    moved = memory_traffic(parsed, share)
-    flops = {"train": _train_flops, "evaluation": _evaluation_flops}.get(program.name)
-    per_token = flops(config) if flops else {}
+    tokens, per_token, moved = program.tokens, program.flops, memory_traffic(parsed, share)
     times = {
-        "matmul": per_token.get("executed", 0.0) * tokens / chip.peak_flops,
+        "matmul": per_token["executed"] * tokens / chip.peak_flops,
         "memory": moved / chip.memory_bandwidth,
         "interconnect": sum(kind["seconds"] for kind in sent.values()),
     }
@@ -94,17 +91,6 @@ def _roofline(config: Config, topology: Topology, program: Ahead, parsed: hlo.Pr
             roofline[name] = per_token[key] * tokens / chip.peak_flops / times[bound]
             roofline[f"{name}_without_overlap"] = per_token[key] * tokens / chip.peak_flops / sum(times.values())
     return {"flops_per_token": per_token, "roofline": roofline}
-
-
-def _train_flops(config: Config) -> dict[str, float]:
-    flops = step_flops(config)
-    return flops._asdict() | {"executed": flops.executed}
-
-
-def _evaluation_flops(config: Config) -> dict[str, float]:
-    forward = forward_flops(config.model, config.training.sequence_length)
-    exits = -(-config.model.num_layers // config.evaluation.exit_stride)
-    return {"executed": forward.model(causal=True) + (exits - 1) * forward.head}
 
 
 def _first_lines(problem: str, lines: int = 24) -> str:
@@ -155,16 +141,22 @@ def _memory_table(report: dict[str, Any]) -> Table:
 
 
 def _wires_table(report: dict[str, Any]) -> Table:
-    table = _table("sent between devices, a run", "collective", "times", "GiB", "received GiB", "ms at least", "hidden")
+    columns = "collective", "times", "GiB", "received GiB", "ms at least", "hidden"
+    table = _table(f"sent between devices, {_turn(report)}", *columns)
     for kind, c in report["collectives"].items():
         numbers = f"{c['count']:.0f}", f"{c['bytes'] / GIB:.3f}", f"{c['received_bytes'] / GIB:.3f}"
         table.add_row(kind, *numbers, f"{1e3 * c['seconds']:.2f}", f"{c['hidden']:.0%}")
     return table
 
 
+def _turn(report: dict[str, Any]) -> str:
+    """A loop whose turns depend on values counts once."""
+    return "a run" if report["program"].startswith(("train", "evaluation", "prefill")) else "a round of the loop"
+
+
 def _time_table(report: dict[str, Any]) -> Table:
     r, flops = report["roofline"], report["flops_per_token"]
-    table = _table("time that physics allows, a run", "", "")
+    table = _table(f"time that physics allows, {_turn(report)}", "", "")
     for name in ("matmul", "memory", "interconnect"):
         if r[f"{name}_seconds"]:
             table.add_row(f"{name} at its peak, ms", f"{1e3 * r[f'{name}_seconds']:.2f}")

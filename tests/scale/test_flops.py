@@ -5,14 +5,20 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+import lsjax
 from lsjax.config import Config, LayerSkipConfig, ModelConfig, TrainingConfig
+from lsjax.decoding import programs
+from lsjax.decoding.passes import decoder_weights
+from lsjax.decoding.programs import DecodeShape
 from lsjax.scale import hlo
 from lsjax.scale.flops import (
     early_exits,
     forward_flops,
     model_flops_per_token,
+    round_flops,
     skipped_share,
     step_flops,
     utilization,
@@ -163,3 +169,22 @@ def test_skipped_layers_are_the_mean_rate():
     forward = forward_flops(config.model, 16)
     assert step_flops(config).skipped == pytest.approx(3 * 0.2 * (forward.layers + forward.attention_causal))
     assert skipped_share(small(layerskip=recipe | {"dropout_granularity": "sample"})) == 0  # masked, not skipped
+
+
+@pytest.mark.parametrize("strategy", [lsjax.Autoregressive(), lsjax.EarlyExit(2), lsjax.SelfSpeculative(2, 3)], ids=str)
+def test_a_round_of_a_decoding_loop(strategy):
+    """Against the loop's own jaxpr: its body once, the drafts inside as often as they go round."""
+    config, shape = small().model, DecodeShape(rows=1, bucket=16, capacity=48, room=24, stops=1)
+    weights = jax.eval_shape(lambda: decoder_weights(init_state(small()).params, jnp.float32))
+    inputs = weights, jnp.zeros((1, 16), jnp.int32), jnp.ones(1, jnp.int32), jnp.int32(8), jnp.zeros(1, jnp.int32)
+    how = {"config": config, "strategy": strategy}
+    state = jax.eval_shape(functools.partial(programs._first_token, **how, shape=shape), *inputs)
+    loop = functools.partial(programs._decode, **how)
+    found = count_flops(loop, weights, state, *inputs[3:], share=1.0)
+    layers = programs.last_layer(config, strategy)
+    by_hand = {
+        "autoregressive": lambda: round_flops(config, 48, layers, 1, None),
+        "early_exit": lambda: round_flops(config, 48, layers, 1, None),
+        "self_speculative": lambda: round_flops(config, 48, 2, 3, 2),
+    }[strategy.name]()
+    assert found == pytest.approx(by_hand, rel=1e-6)
