@@ -6,6 +6,8 @@ On text that the run held out, or on a prompt of yours:
   python launch/decode.py --model=runs/demo --prompt="def main():"
   python launch/decode.py --model=SmolLM2-135M-Instruct.Q4_1.gguf --chat --prompt="What is the capital of France?"
 
+  python launch/decode.py --model=runs/demo --prompt="import os" --temperature=0.8 --top_p=0.95 --seed=1
+
 Times never include compilation, repeats of the strategies are interleaved, and speeds are medians over the
 prompts. `speed-up` is against this run's own autoregressive decoding of the same prompts, and "same tokens" says
 whether the tokens are exactly its tokens: always so for self_speculative in float32.
@@ -32,6 +34,10 @@ NUM_SPECULATIONS = flags.DEFINE_integer("num_speculations", 4, "d: tokens drafte
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over (tensor parallelism).")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Prompts decoded together.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate for each prompt.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy; above, tokens are drawn.")
+TOP_K = flags.DEFINE_integer("top_k", 0, "Sampling: only the k likeliest tokens (0: all).")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Sampling: only the fewest tokens that together have this probability.")
+SEED = flags.DEFINE_integer("seed", 0, "Sampling: other seeds draw other texts.", lower_bound=0)
 REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements of each prompt and strategy.")
 REPORT = flags.DEFINE_string("report", None, "Write the results to this JSON file.")
 
@@ -52,6 +58,8 @@ def main() -> None:
         max_new_tokens=MAX_NEW_TOKENS.value,
         batch_size=BATCH_SIZE.value,
         repeats=REPEATS.value,
+        sampling=_sampling(),
+        seed=SEED.value,
         note=print,
     )
     print_table(decoding_table(report))
@@ -94,12 +102,18 @@ def _strategies(num_layers: int) -> list:
     return [makers[name]() for name in STRATEGIES.value]
 
 
+def _sampling():
+    from lsjax.decoding.strategies import Sampling
+
+    return Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
+
+
 def _print_texts(model) -> None:
     from lsjax.decoding.generate import generate
 
     gap = "\n" if CHAT.value else ""
     for strategy in _strategies(model.config.num_layers):
-        text = generate(model, _prompts(model), MAX_NEW_TOKENS.value, strategy).text[0]
+        text = generate(model, _prompts(model), MAX_NEW_TOKENS.value, strategy, _sampling(), SEED.value).text[0]
         print(f"\n--- {strategy.name}\n{PROMPT.value}{gap}{text}")
 
 

@@ -2,7 +2,7 @@
 
 from lsjax.config import Config, ModelConfig, default_config
 from lsjax.decoding.generate import GenerateResult, generate
-from lsjax.decoding.strategies import Autoregressive, EarlyExit, SelfSpeculative
+from lsjax.decoding.strategies import Autoregressive, EarlyExit, Sampling, SelfSpeculative
 from lsjax.errors import UserError
 from lsjax.layerskip.dropout import layer_dropout_rates
 from lsjax.layerskip.exits import exit_curriculum, exit_weights
@@ -17,6 +17,7 @@ __all__ = [
     "GenerateResult",
     "Model",
     "ModelConfig",
+    "Sampling",
     "SelfSpeculative",
     "UserError",
     "default_config",

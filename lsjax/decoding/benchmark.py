@@ -1,5 +1,6 @@
 """Fair comparisons of decoding strategies: same prompts, repeats interleaved, medians, compilation apart."""
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 
 from lsjax.decoding.generate import DecodeProgram, GenerateResult, PromptBatch
-from lsjax.decoding.strategies import Autoregressive, Strategy
+from lsjax.decoding.strategies import Autoregressive, Sampling, Strategy
 from lsjax.errors import UserError
 from lsjax.loading import Model
 
@@ -20,18 +21,21 @@ def benchmark(
     max_new_tokens: int = 128,
     batch_size: int = 1,
     repeats: int = 3,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    seed: int = 0,
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Runs every strategy on every prompt `repeats` times; returns the report of launch/decode.py as a dict.
 
-    Autoregressive decoding always runs too: it is what `speedup` and `matches_autoregressive` compare with.
+    Autoregressive decoding always runs too: it is what `speedup` and `matches_autoregressive` compare with (None when
+    sampling: the distribution is the same, not the tokens).
     Prompts go in groups of batch_size; a last group that is not full is filled up from the first prompts.
     """
     if batch_size < 1 or repeats < 1:
         raise UserError(f"batch_size ({batch_size}) and repeats ({repeats}) must be at least 1")
     strategies = [Autoregressive(), *(s for s in strategies if s != Autoregressive())]
     groups = [_group(prompts, start, batch_size) for start in range(0, len(prompts), batch_size)]
-    batches = [PromptBatch.make(model, group, max_new_tokens) for group in groups]
+    batches = [PromptBatch.make(model, group, max_new_tokens, sampling, seed) for group in groups]
     trials = [_Trial(model, strategy, batches) for strategy in strategies]
     for index, trial in enumerate(trials, 1):
         note(f"compiling {index}/{len(trials)}: {trial.label}")
@@ -47,9 +51,10 @@ def benchmark(
         "devices": len(model.params["embed"].sharding.device_set),
         "jax_version": jax.__version__,
         "max_new_tokens": max_new_tokens,
+        "sampling": dataclasses.asdict(sampling) | {"seed": seed},
         "prompts": len(prompts),
         "repeats": repeats,
-        "runs": [trial.summary(trials[0]) for trial in trials],
+        "runs": [trial.summary(trials[0], greedy=sampling.temperature == 0) for trial in trials],
     }
 
 
@@ -89,7 +94,7 @@ class _Trial:
         values = (self.median(index, key) for index in range(len(self.batches)))
         return [value for value in values if value is not None]
 
-    def summary(self, reference: "_Trial") -> dict[str, Any]:
+    def summary(self, reference: "_Trial", greedy: bool = True) -> dict[str, Any]:
         rows = [row for results in self.results for row in results[0].stats]
         drafted, rounds = sum(row["drafted"] for row in rows), sum(row["rounds"] for row in rows)
         new_tokens = sum(row["new_tokens"] for row in rows)
@@ -111,7 +116,7 @@ class _Trial:
             "acceptance_rate": sum(row["accepted"] for row in rows) / drafted if drafted else None,
             "tokens_per_round": (new_tokens - len(rows)) / rounds if rounds else None,
             "speedup": _median([theirs / ours for theirs, ours in pairs]),
-            "matches_autoregressive": self._tokens() == reference._tokens(),
+            "matches_autoregressive": self._tokens() == reference._tokens() if greedy else None,
             "compile_seconds": self.compile_seconds,
         }
 

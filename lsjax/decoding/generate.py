@@ -1,8 +1,10 @@
 """`generate`: prompts in, texts out, by any strategy; and the compiled programs behind it."""
 
+import collections
 import functools
 import operator
 import time
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +15,15 @@ from lsjax.config import ModelConfig
 from lsjax.decoding.loops import Decoding
 from lsjax.decoding.passes import Weights
 from lsjax.decoding.programs import DecodeShape, lower_decoding
-from lsjax.decoding.strategies import Autoregressive, Strategy, check_strategy, lookahead
+from lsjax.decoding.rules import Greedy, Rule, Sampled
+from lsjax.decoding.strategies import (
+    Autoregressive,
+    Sampling,
+    Strategy,
+    check_sampling,
+    check_strategy,
+    lookahead,
+)
 from lsjax.errors import UserError
 from lsjax.loading import Model
 from lsjax.scale.sharding import replicated_like
@@ -35,13 +45,16 @@ def generate(
     prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int,
     strategy: Strategy = Autoregressive(),  # noqa: B008 (frozen)
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    seed: int = 0,
 ) -> GenerateResult:
-    """Greedy continuations of prompts (texts or token lists, of any lengths) in one batch.
+    """Continuations of prompts (texts or token lists, of any lengths) in one batch, greedy unless `sampling` says else.
 
-    A row's result does not depend on the others. Generation ends at the tokenizer's stop token or after
-    max_new_tokens. Raises UserError on an empty or too long prompt, a token or an exit layer out of range.
+    A row's result does not depend on the others: what is drawn depends on the seed, the prompt, and how many equal
+    prompts stand before it (so that n copies give n samples). Generation ends at the tokenizer's stop token or after
+    max_new_tokens. Raises UserError on an empty or too long prompt, a token, an exit layer or a setting out of range.
     """
-    batch = PromptBatch.make(model, prompts, max_new_tokens)
+    batch = PromptBatch.make(model, prompts, max_new_tokens, sampling, seed)
     program = DecodeProgram(model.config, strategy, batch)
     program.compile(model.decoder_weights)
     return program.run(model, batch)
@@ -54,9 +67,18 @@ class PromptBatch(NamedTuple):
     lengths: np.ndarray
     max_new_tokens: int
     stop: np.ndarray
+    rule: Rule = Greedy()
 
     @classmethod
-    def make(cls, model: Model, prompts: Sequence[str | Sequence[int]], max_new_tokens: int) -> "PromptBatch":
+    def make(
+        cls,
+        model: Model,
+        prompts: Sequence[str | Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        seed: int = 0,
+    ) -> "PromptBatch":
+        check_sampling(sampling)
         if isinstance(prompts, str) or not len(prompts):
             raise UserError("prompts must be a list of at least one text or token list")
         if max_new_tokens < 1:
@@ -66,7 +88,21 @@ class PromptBatch(NamedTuple):
         tokens = np.zeros((len(rows), _bucket(int(lengths.max()))), np.int32)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = row
-        return cls(tokens, lengths, max_new_tokens, np.array(model.tokenizer.stop, np.int32))
+        stop = np.array(model.tokenizer.stop, np.int32)
+        return cls(tokens, lengths, max_new_tokens, stop, _rule(sampling, rows, seed))
+
+
+def _rule(sampling: Sampling, rows: list[list[int]], seed: int) -> Rule:
+    if sampling.temperature == 0:
+        return Greedy()
+    seen, marks = collections.Counter(), []
+    for text in (np.array(row, np.int32).tobytes() for row in rows):
+        marks.append((zlib.crc32(text), seen[text]))
+        seen[text] += 1
+    fold = lambda mark: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), mark[0]), mark[1])  # noqa: E731
+    keys = jax.vmap(fold)(np.array(marks, np.uint32))
+    filters = (np.int32(sampling.top_k), np.float32(sampling.top_p)) if sampling.top_k or sampling.top_p < 1 else ()
+    return Sampled(np.asarray(jax.random.key_data(keys)), np.float32(sampling.temperature), *filters)
 
 
 def _encode(model: Model, index: int, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
@@ -105,7 +141,7 @@ class DecodeProgram:
         capacity = -(-(bucket + new + lookahead(strategy)) // _CAPACITY_STEP) * _CAPACITY_STEP
         self.strategy = strategy
         shape = DecodeShape(rows, bucket, capacity, new + lookahead(strategy), batch.stop.size)
-        self._arguments = (config, strategy, shape)
+        self._arguments = (config, strategy, shape, jax.tree.map(jax.typeof, batch.rule))
 
     def compile(self, weights: Weights) -> float:
         """Compiles for these weights unless done before; seconds it took."""
@@ -119,13 +155,13 @@ class DecodeProgram:
         """Decodes, timing prefill (to the first token) and the loop; compilation is never inside."""
         weights = model.decoder_weights
         everywhere = replicated_like(weights["embed"])
-        inputs = (batch.tokens, batch.lengths, np.int32(batch.max_new_tokens), batch.stop)
-        tokens, lengths, limit, stop = jax.block_until_ready(jax.device_put(inputs, everywhere))
+        inputs = (batch.tokens, batch.lengths, np.int32(batch.max_new_tokens), batch.stop, batch.rule)
+        tokens, lengths, limit, stop, rule = jax.block_until_ready(jax.device_put(inputs, everywhere))
         jax.block_until_ready(weights)
         began = time.perf_counter()
-        state = jax.block_until_ready(self._prefill(weights, tokens, lengths, limit, stop))
+        state = jax.block_until_ready(self._prefill(weights, tokens, lengths, limit, stop, rule))
         first = time.perf_counter()
-        state = jax.block_until_ready(self._decode(weights, state, limit, stop))
+        state = jax.block_until_ready(self._decode(weights, state, limit, stop, rule))
         ended = time.perf_counter()
         return self._result(model, jax.device_get(state._replace(cache=())), first - began, ended - first)
 
@@ -160,7 +196,7 @@ class DecodeProgram:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(tree, leaves, config: ModelConfig, strategy: Strategy, shape: "DecodeShape"):
+def _compiled(tree, leaves, config: ModelConfig, strategy: Strategy, shape: DecodeShape, rule: Rule):
     """(prefill, decode) executables for these weights' layout and these shapes."""
-    programs = lower_decoding(jax.tree.unflatten(tree, leaves), config, strategy, shape)
+    programs = lower_decoding(jax.tree.unflatten(tree, leaves), config, strategy, shape, rule)
     return tuple(program.compile() for program in programs)

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
-from lsjax.decoding.passes import Cache, Weights, embed, greedy_tokens, run_layers
+from lsjax.decoding.passes import Cache, Weights, embed, run_layers
+from lsjax.decoding.rules import Greedy, Rule
+from lsjax.model.transformer import exit_logits
 
 
 class Decoding(NamedTuple):
@@ -46,15 +48,21 @@ def begin(cache: Cache, first: jax.Array, lengths: jax.Array, limit: jax.Array, 
 
 
 def autoregressive_loop(
-    weights: Weights, state: Decoding, limit: jax.Array, stop: jax.Array, config: ModelConfig, exit_layer: int
+    weights: Weights,
+    state: Decoding,
+    limit: jax.Array,
+    stop: jax.Array,
+    config: ModelConfig,
+    exit_layer: int,
+    rule: Rule = Greedy(),  # noqa: B008 (immutable)
 ) -> Decoding:
     """One token a pass through the first `exit_layer` layers (L: the full model) until every row is done."""
 
     def one_token(state: Decoding) -> Decoding:
         x = embed(weights, state.pending[:, None])
         x, cache = run_layers(weights, x, state.cache, state.length, range(exit_layer), config)
-        block = greedy_tokens(weights, x, config)
-        return _commit(state._replace(cache=cache), block, jnp.zeros_like(state.length), 0, limit, stop)
+        token, _ = rule.choose(exit_logits(weights, x, config)[:, 0], state.emitted)
+        return _commit(state._replace(cache=cache), token[:, None], jnp.zeros_like(state.length), 0, limit, stop)
 
     return jax.lax.while_loop(lambda state: ~jnp.all(state.done), one_token, state)
 
@@ -67,51 +75,71 @@ def self_speculative_loop(
     config: ModelConfig,
     exit_layer: int,
     num_speculations: int,
+    rule: Rule = Greedy(),  # noqa: B008 (immutable)
 ) -> Decoding:
-    """Rounds of: draft d tokens with the first E layers, verify all with the others, keep what agrees.
+    """Rounds of: draft d tokens with the first E layers, verify all with the others, keep what `rule` accepts.
 
-    Emits what the full model's greedy decoding would, whatever the drafts were.
+    Emits what the full model's decoding by the same rule would (when sampling: by the same distribution), whatever
+    the drafts were.
     """
 
     def one_round(state: Decoding) -> Decoding:
-        drafts, states, cache = draft(weights, state, config, exit_layer, num_speculations)
+        drafted = draft(weights, state, config, exit_layer, num_speculations, rule)
         # Verify: the d+1 kept states through the remaining layers, in one pass over the same cache.
-        x, cache = run_layers(weights, states, cache, state.length, range(exit_layer, config.num_layers), config)
-        verified = greedy_tokens(weights, x, config)
-        # Accept the longest prefix on which draft and verifier agree, plus the verifier's own next token.
-        agree = jnp.cumprod(drafts == verified[:, :-1], axis=1)
-        accepted = jnp.sum(agree, axis=1, dtype=jnp.int32)
-        return _commit(state._replace(cache=cache), verified, accepted, num_speculations, limit, stop)
+        late = range(exit_layer, config.num_layers)
+        x, cache = run_layers(weights, drafted.states, drafted.cache, state.length, late, config)
+        logits = exit_logits(weights, x, config)
+        block, accepted = rule.verify(drafted.tokens, drafted.drawn_by, logits, state.emitted)
+        return _commit(state._replace(cache=cache), block, accepted, num_speculations, limit, stop)
 
     return jax.lax.while_loop(lambda state: ~jnp.all(state.done), one_round, state)
 
 
-def draft(
-    weights: Weights, state: Decoding, config: ModelConfig, exit_layer: int, num_speculations: int
-) -> tuple[jax.Array, jax.Array, Cache]:
-    """d tokens from the first E layers, one at a time: (drafts [B, d], states [B, d+1, D], cache).
+class Drafts(NamedTuple):
+    """tokens [B,d]; drawn_by: the log-probabilities [B,d,V] they were drawn by (None: greedily); states [B,d+1,D]:
+    after layer E-1 (the paper's exit query cache), of the pending token and of every draft."""
 
-    `states` are the tokens' hidden states after layer E-1 (the paper's exit query cache), of the pending token
-    and of every draft: the last draft runs through the early layers too, so that it can be verified.
-    """
+    tokens: jax.Array
+    drawn_by: jax.Array | None
+    states: jax.Array
+    cache: Cache
+
+
+def draft(
+    weights: Weights,
+    state: Decoding,
+    config: ModelConfig,
+    exit_layer: int,
+    num_speculations: int,
+    rule: Rule = Greedy(),  # noqa: B008 (immutable)
+) -> Drafts:
+    """d tokens from the first E layers, one at a time. The last draft runs through the early layers too, so that it
+    can be verified."""
     batch, width = state.pending.shape[0], weights["embed"].shape[1]
 
-    def draft_one(index, carry):
-        token, drafts, states, cache = carry
-        x = embed(weights, token[:, None])
-        x, cache = run_layers(weights, x, cache, state.length + index, range(exit_layer), config)
-        states = jax.lax.dynamic_update_slice(states, x, (0, index, 0))
-        token = greedy_tokens(weights, x, config)
-        return token[:, 0], jax.lax.dynamic_update_slice(drafts, token, (0, index)), states, cache
+    def put(whole, part, index):
+        return jax.lax.dynamic_update_slice(whole, part[:, None], (0, index, *[0] * (whole.ndim - 2)))
 
-    empty_states = jnp.zeros((batch, num_speculations + 1, width), weights["embed"].dtype)
-    empty_drafts = jnp.zeros((batch, num_speculations), jnp.int32)
-    carry = (state.pending, empty_drafts, empty_states, state.cache)
-    last, drafts, states, cache = jax.lax.fori_loop(0, num_speculations, draft_one, carry)
-    x, cache = run_layers(
-        weights, embed(weights, last[:, None]), cache, state.length + num_speculations, range(exit_layer), config
+    def draft_one(index, carry):
+        token, drafts = carry
+        x = embed(weights, token[:, None])
+        x, cache = run_layers(weights, x, drafts.cache, state.length + index, range(exit_layer), config)
+        token, log_p = rule.choose(exit_logits(weights, x, config)[:, 0], state.emitted + index)
+        drawn_by = None if log_p is None else put(drafts.drawn_by, log_p, index)
+        return token, Drafts(put(drafts.tokens, token, index), drawn_by, put(drafts.states, x[:, 0], index), cache)
+
+    log_p = jax.eval_shape(lambda: rule.choose(jnp.zeros((batch, config.vocab_size)), state.emitted))[1]
+    empty = Drafts(
+        tokens=jnp.zeros((batch, num_speculations), jnp.int32),
+        drawn_by=None if log_p is None else jnp.zeros((batch, num_speculations, config.vocab_size), log_p.dtype),
+        states=jnp.zeros((batch, num_speculations + 1, width), weights["embed"].dtype),
+        cache=state.cache,
     )
-    return drafts, states.at[:, -1:].set(x), cache
+    last, drafts = jax.lax.fori_loop(0, num_speculations, draft_one, (state.pending, empty))
+    x, cache = run_layers(
+        weights, embed(weights, last[:, None]), drafts.cache, state.length + num_speculations, range(exit_layer), config
+    )
+    return drafts._replace(states=put(drafts.states, x[:, 0], num_speculations), cache=cache)
 
 
 def _commit(

@@ -49,11 +49,6 @@ def embed(weights: Weights, tokens: jax.Array) -> jax.Array:
     return weights["embed"][tokens]
 
 
-def greedy_tokens(weights: Weights, x: jax.Array, config: ModelConfig) -> jax.Array:
-    """The likeliest next token after states x [B, T, D]: int32 [B, T]. Ties go to the smallest id."""
-    return jnp.argmax(exit_logits(weights, x, config), axis=-1).astype(jnp.int32)
-
-
 def run_layers(
     weights: Weights, x: jax.Array, cache: Cache, positions: jax.Array, layers: range, config: ModelConfig
 ) -> tuple[jax.Array, Cache]:
@@ -76,7 +71,7 @@ def run_layers(
 def prefill(
     weights: Weights, tokens: jax.Array, lengths: jax.Array, cache: Cache, config: ModelConfig, layers: range
 ) -> tuple[jax.Array, Cache]:
-    """Reads whole prompts: tokens [B, S], right-padded, of lengths [B]. Returns (first new token [B], cache).
+    """Reads whole prompts: tokens [B, S], right-padded, of lengths [B]. Returns (logits after them [B, V], cache).
 
     Padding is written to the cache too, but past each row's length, where it is never read.
     """
@@ -91,4 +86,4 @@ def prefill(
 
         x, cache[index] = apply_layer(weights["layers"][index], x, cos_sin, attend, config)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return greedy_tokens(weights, last, config)[:, 0], tuple(cache)
+    return exit_logits(weights, last, config)[:, 0], tuple(cache)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lsjax.config import ModelConfig
 from lsjax.decoding.loops import Decoding, autoregressive_loop, begin, self_speculative_loop
 from lsjax.decoding.passes import Weights, init_cache, prefill
+from lsjax.decoding.rules import Greedy, Rule
 from lsjax.decoding.strategies import SelfSpeculative, Strategy
 from lsjax.scale.sharding import decoding_shardings, mesh_of, replicated_like
 
@@ -24,26 +25,33 @@ class DecodeShape(NamedTuple):
 
 
 def lower_decoding(
-    weights: Weights, config: ModelConfig, strategy: Strategy, shape: DecodeShape, platform: str | None = None
+    weights: Weights,
+    config: ModelConfig,
+    strategy: Strategy,
+    shape: DecodeShape,
+    rule: Rule = Greedy(),  # noqa: B008 (immutable)
+    platform: str | None = None,
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
     """(prefill, decode), lowered for weights given as jax.ShapeDtypeStruct with their shardings, for the platform of
     this process or another ("tpu", "cuda").
 
-    prefill (weights, tokens [B, bucket], lengths [B], limit [], stop [n]) -> Decoding; decode (weights, Decoding,
-    limit, stop) -> Decoding, the state donated.
+    prefill (weights, tokens [B, bucket], lengths [B], limit [], stop [n], rule) -> Decoding; decode (weights, Decoding,
+    limit, stop, rule) -> Decoding, the state donated. `rule` may be of arrays or of their descriptions.
     """
     everywhere, mesh = replicated_like(weights["embed"]), mesh_of(weights["embed"])
     int32 = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=everywhere)  # noqa: E731
     first_token = functools.partial(_first_token, config=config, strategy=strategy, shape=shape)
     decode = functools.partial(_decode, config=config, strategy=strategy)
-    inputs = (weights, int32(shape.rows, shape.bucket), int32(shape.rows), int32(), int32(shape.stops))
+    rule = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), rule)
+    inputs = (weights, int32(shape.rows, shape.bucket), int32(shape.rows), int32(), int32(shape.stops), rule)
     state = jax.eval_shape(first_token, *inputs)
     shardings = decoding_shardings(state, mesh) if mesh else None
     if shardings:
         state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
     platforms = {"lowering_platforms": (platform,)} if platform else {}
     begun = jax.jit(first_token, out_shardings=shardings).trace(*inputs)
-    loop = jax.jit(decode, donate_argnums=1, out_shardings=shardings).trace(weights, state, int32(), int32(shape.stops))
+    arguments = (weights, state, int32(), int32(shape.stops), rule)
+    loop = jax.jit(decode, donate_argnums=1, out_shardings=shardings).trace(*arguments)
     return begun.lower(**platforms), loop.lower(**platforms)
 
 
@@ -52,15 +60,15 @@ def last_layer(config: ModelConfig, strategy: Strategy) -> int:
     return strategy.exit_layer if strategy.name == "early_exit" else config.num_layers
 
 
-def _first_token(weights, tokens, lengths, limit, stop, *, config: ModelConfig, strategy: Strategy, shape: DecodeShape):
+def _first_token(weights, tokens, lengths, limit, stop, rule, *, config, strategy: Strategy, shape: DecodeShape):
     cache = init_cache(config, shape.rows, shape.capacity, weights["embed"].dtype)
-    first, cache = prefill(weights, tokens, lengths, cache, config, range(last_layer(config, strategy)))
+    logits, cache = prefill(weights, tokens, lengths, cache, config, range(last_layer(config, strategy)))
+    first, _ = rule.choose(logits, jnp.zeros_like(lengths))
     return begin(cache, first, lengths, limit, stop, shape.room)
 
 
-def _decode(weights, state: Decoding, limit, stop, *, config: ModelConfig, strategy: Strategy):
+def _decode(weights, state: Decoding, limit, stop, rule, *, config: ModelConfig, strategy: Strategy):
     if isinstance(strategy, SelfSpeculative):
-        return self_speculative_loop(
-            weights, state, limit, stop, config, strategy.exit_layer, strategy.num_speculations
-        )
-    return autoregressive_loop(weights, state, limit, stop, config, last_layer(config, strategy))
+        drafting = strategy.exit_layer, strategy.num_speculations
+        return self_speculative_loop(weights, state, limit, stop, config, *drafting, rule)
+    return autoregressive_loop(weights, state, limit, stop, config, last_layer(config, strategy), rule)

@@ -1,6 +1,7 @@
 """How to decode: the three strategies, as values."""
 
 import dataclasses
+import math
 
 from lsjax.errors import UserError
 
@@ -31,6 +32,16 @@ class SelfSpeculative:
     name = "self_speculative"
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: the likeliest one (temperature 0), or from what temperature, top_k (0: all) and top_p
+    leave, applied in this order to drafts and verification alike."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
 Strategy = Autoregressive | EarlyExit | SelfSpeculative
 
 
@@ -42,6 +53,19 @@ def check_strategy(strategy: Strategy, num_layers: int) -> None:
     drafted = getattr(strategy, "num_speculations", 1)
     if not 1 <= drafted <= MAX_SPECULATIONS:
         raise UserError(f"num_speculations {drafted} is out of range 1..{MAX_SPECULATIONS}")
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises UserError when a setting is out of range, or would have no effect."""
+    s = sampling
+    if not (math.isfinite(s.temperature) and s.temperature >= 0):
+        raise UserError(f"temperature must be 0 (greedy) or positive, got {s.temperature}")
+    if s.top_k < 0:
+        raise UserError(f"top_k must be 0 (all tokens) or positive, got {s.top_k}")
+    if not 0 < s.top_p <= 1:
+        raise UserError(f"top_p must be above 0 and at most 1, got {s.top_p}")
+    if s.temperature == 0 and (s.top_k or s.top_p < 1):
+        raise UserError("top_k and top_p need a temperature above 0: at 0 decoding is greedy")
 
 
 def lookahead(strategy: Strategy) -> int:

@@ -50,7 +50,7 @@ def decoding_table(report: dict[str, Any]) -> Table:
             _text(run["acceptance_rate"], ".0%"),
             _text(run["tokens_per_round"], ".2f"),
             _text(run["speedup"], ".2f"),
-            "yes" if run["matches_autoregressive"] else "no",
+            {True: "yes", False: "no", None: "-"}[run["matches_autoregressive"]],
         )
     return table
 

@@ -106,7 +106,7 @@ def decode_programs(
     capacity = prompt_tokens + new_tokens + 64
     shape = DecodeShape(rows, prompt_tokens, capacity, new_tokens + 64, 1)
     with jax.set_mesh(mesh):
-        programs = lower_decoding(weights, config.model, strategy, shape, _platform(topology))
+        programs = lower_decoding(weights, config.model, strategy, shape, platform=_platform(topology))
     c = config.model
     cache = 2 * c.num_layers * rows * (c.num_kv_heads // ways) * capacity * c.head_width * 2
     held = {"parameters": device_bytes(weights), "caches": cache}

@@ -122,7 +122,8 @@ def test_stale_cache_entries_never_leak(varied, varied_params):
     weights = decoder_weights(varied_params, jnp.float32)
     prompt = PROMPTS[2]
     tokens = jnp.asarray([prompt], jnp.int32)
-    first, cache = prefill(weights, tokens, jnp.array([7]), init_cache(varied, 1, 64, jnp.float32), varied, range(4))
+    logits, cache = prefill(weights, tokens, jnp.array([7]), init_cache(varied, 1, 64, jnp.float32), varied, range(4))
+    first = jnp.argmax(logits, axis=-1)
     stop, limit = jnp.array([-1]), jnp.int32(1000)
     state = begin(cache, first, jnp.array([7]), limit, stop, 64)
     one_round = jax.jit(
@@ -142,9 +143,10 @@ def test_draft_states_and_cache_are_those_of_a_full_pass(varied, varied_params):
     """What verification starts from equals the hidden states and keys of the same tokens read at once."""
     weights = decoder_weights(varied_params, jnp.float32)
     prompt = jnp.asarray([PROMPTS[2]], jnp.int32)
-    first, cache = prefill(weights, prompt, jnp.array([7]), init_cache(varied, 1, 64, jnp.float32), varied, range(4))
+    logits, cache = prefill(weights, prompt, jnp.array([7]), init_cache(varied, 1, 64, jnp.float32), varied, range(4))
+    first = jnp.argmax(logits, axis=-1)
     state = begin(cache, first, jnp.array([7]), jnp.int32(50), jnp.array([-1]), 64)
-    drafts, states, cache = draft(weights, state, varied, exit_layer=2, num_speculations=3)
+    drafts, _, states, cache = draft(weights, state, varied, exit_layer=2, num_speculations=3)
     text = jnp.concatenate([prompt, first[:, None], drafts], axis=1)
     expected = hidden_states(varied_params, text, varied)
     np.testing.assert_allclose(states[0], expected[1, 0, 7:], rtol=1e-4, atol=1e-5)

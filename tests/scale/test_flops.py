@@ -13,6 +13,7 @@ from lsjax.config import Config, LayerSkipConfig, ModelConfig, TrainingConfig
 from lsjax.decoding import programs
 from lsjax.decoding.passes import decoder_weights
 from lsjax.decoding.programs import DecodeShape
+from lsjax.decoding.rules import Greedy
 from lsjax.scale import hlo
 from lsjax.scale.flops import (
     early_exits,
@@ -176,7 +177,8 @@ def test_a_round_of_a_decoding_loop(strategy):
     """Against the loop's own jaxpr: its body once, the drafts inside as often as they go round."""
     config, shape = small().model, DecodeShape(rows=1, bucket=16, capacity=48, room=24, stops=1)
     weights = jax.eval_shape(lambda: decoder_weights(init_state(small()).params, jnp.float32))
-    inputs = weights, jnp.zeros((1, 16), jnp.int32), jnp.ones(1, jnp.int32), jnp.int32(8), jnp.zeros(1, jnp.int32)
+    text = jnp.zeros((1, 16), jnp.int32), jnp.ones(1, jnp.int32)
+    inputs = weights, *text, jnp.int32(8), jnp.zeros(1, jnp.int32), Greedy()
     how = {"config": config, "strategy": strategy}
     state = jax.eval_shape(functools.partial(programs._first_token, **how, shape=shape), *inputs)
     loop = functools.partial(programs._decode, **how)
