@@ -131,8 +131,11 @@ def test_the_recipe_is_that_of_the_step(tiny_run):
 MESHES = [MeshConfig(8, 1, 1), MeshConfig(1, 8, 1), MeshConfig(2, 2, 2), MeshConfig(1, 4, 2), MeshConfig(4, 1, 2)]
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m.data}x{m.fsdp}x{m.tensor}")
-@pytest.mark.parametrize("granularity", ["sample", "batch"])
+@pytest.mark.parametrize(
+    ("mesh", "granularity"),
+    [*((mesh, "sample") for mesh in MESHES), (MESHES[1], "batch"), (MESHES[2], "batch")],
+    ids=str,
+)
 def test_any_mesh_gives_the_losses_of_one_device(tiny_run, mesh, granularity):
     config = replace(tiny_run, layerskip={"dropout_max_rate": 0.5, "dropout_granularity": granularity})
     _, single, _ = run_steps(config, MeshConfig(1, 1, 1), devices=jax.devices()[:1])
