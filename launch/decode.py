@@ -10,7 +10,7 @@ On text that the run held out, or on a prompt of yours:
 
 Times never include compilation, repeats of the strategies are interleaved, and speeds are medians over the
 prompts. `speed-up` is against this run's own autoregressive decoding of the same prompts, and "same tokens" says
-whether the tokens are exactly its tokens: always so for self_speculative in float32.
+whether the tokens are exactly its tokens: always so for greedy self_speculative in float32.
 """
 
 import json

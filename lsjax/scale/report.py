@@ -47,8 +47,8 @@ def memory_use(topology: Topology, program: Ahead, outcome: Outcome) -> dict[str
     available = int(chip.memory_bytes * (GPU_SHARE if chip.platform == "gpu" else 1))
     kinds = dict(program.held) | {"activations": program.kept}
     if outcome.memory is None:
-        used = re.search(r"[Uu]sed ([\d.]+)([GM]) of ([\d.]+)([GM])", outcome.problem)
-        total = int(float(used[1]) * {"G": GIB, "M": 2**20}[used[2]]) if used else sum(kinds.values())
+        kinds["temporaries"] = max(_said(outcome.problem, r"temporaries \(([\d.]+)([GM])\)") - program.kept, 0)
+        total = _said(outcome.problem, r"[Uu]sed ([\d.]+)([GM]) of") or sum(kinds.values())
     else:
         m = outcome.memory
         kinds["activations"] = min(program.kept, m.temp_size_in_bytes)
@@ -58,6 +58,12 @@ def memory_use(topology: Topology, program: Ahead, outcome: Outcome) -> dict[str
         total = m.argument_size_in_bytes + sum(kinds[k] for k in ("activations", "temporaries", "results", "code"))
         total += kinds.get("optimizer, waiting", 0)
     return {k: v for k, v in kinds.items() if v} | {"total": total, "available": available, "margin": available - total}
+
+
+def _said(problem: str, pattern: str) -> int:
+    """A size in the compiler's words, in bytes; 0 when it is not there."""
+    found = re.search(pattern, problem)
+    return int(float(found[1]) * {"G": GIB, "M": 2**20}[found[2]]) if found else 0
 
 
 def _shares(config: Config):
