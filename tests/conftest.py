@@ -1,9 +1,16 @@
 """Eight virtual CPU devices for every test, and small real parts to test with."""
 
 import dataclasses
+import os
+import tempfile
+from pathlib import Path
 
-import jax
-import pytest
+# Compiling is what tests spend their time on; unoptimised machine code halves it. Here and in the processes they start.
+_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
+
+import jax  # noqa: E402 (it reads the flags)
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")  # also where the compilers for TPU and GPU are installed
 jax.config.update("jax_num_cpu_devices", 8)
@@ -102,3 +109,14 @@ def tiny_run(text_folder) -> Config:
         checkpoint=dataclasses.replace(config.checkpoint, every_steps=5),
         evaluation=dataclasses.replace(config.evaluation, every_steps=6, max_batches=2),
     )
+
+
+def process_environment(**more: str) -> dict[str, str]:
+    """For the processes that tests start: what one of them compiled, the next ones of this test run need not."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"lsjax-tests-{run}"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+    return os.environ | cache | more

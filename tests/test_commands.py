@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lsjax.training.loop import train
+from tests.conftest import process_environment
 
 ROOT = Path(__file__).parent.parent
 RECORDED = ROOT / "tests" / "interop" / "recorded"
@@ -17,7 +18,7 @@ RECORDED = ROOT / "tests" / "interop" / "recorded"
 def run(command, *arguments, timeout=120):
     return subprocess.run(
         [sys.executable, str(ROOT / "launch" / command), *map(str, arguments)],
-        capture_output=True, text=True, timeout=timeout, cwd=ROOT,
+        capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=process_environment(),
     )  # fmt: skip
 
 

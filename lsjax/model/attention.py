@@ -10,6 +10,7 @@ MASKED = -1e30
 # Longer sequences go by blocks of so many queries: the scores of one block exist at a time, and keys after it are
 # never read.
 _BLOCK = 512
+_MOST_BLOCKS = 16  # each is a piece of program of its own: compiling many takes minutes
 _WHOLE = 1024
 
 
@@ -29,9 +30,9 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.A
         return _attend(q, k, v, segment_ids, 0)
     # Recomputed in the backward pass: kept, the weights of all blocks would be [B,N,S,S] again.
     block = jax.checkpoint(_attend, static_argnums=4)
-    mixed = []
-    for start in range(0, length, _BLOCK):
-        end = min(start + _BLOCK, length)
+    mixed, size = [], max(_BLOCK, -(-length // _MOST_BLOCKS))
+    for start in range(0, length, size):
+        end = min(start + size, length)
         seen = None if segment_ids is None else segment_ids[:, :end]
         mixed.append(block(q[:, start:end], k[:, :end], v[:, :end], seen, start))
     return jnp.concatenate(mixed, axis=1)

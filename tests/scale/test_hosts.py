@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import lsjax
+from tests.conftest import process_environment
 
 ROOT = Path(__file__).parent.parent.parent
 DEVICES = 8
@@ -48,7 +49,7 @@ def start(config: Path, workdir: Path, processes: int, *flags, own_flags=None) -
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     together = [f"--coordinator=localhost:{port}", f"--num_processes={processes}"] if processes > 1 else []
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
+    environment = process_environment(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(DEVICES // processes))
     started = []
     for rank in range(processes):
         command = [sys.executable, ROOT / "launch" / "train.py", f"--config={config}", f"--workdir={workdir}", *flags]
@@ -119,7 +120,7 @@ def test_two_processes_are_one_run_and_slurm_says_who_is_who(config, alone, tmp_
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     ranks = [slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
     command = [sys.executable, ROOT / "launch" / "train.py", f"--config={config}", f"--workdir={tmp_path}"]
-    here = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // 2)}
+    here = process_environment(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(DEVICES // 2))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     results = finish([subprocess.Popen([*command, "--distributed"], env=here | rank, **pipes) for rank in ranks])
     assert [status for status, *_ in results] == [0, 0], results[0][2]
