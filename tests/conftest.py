@@ -1,13 +1,16 @@
 """Eight virtual CPU devices for every test, and small real parts to test with."""
 
 import dataclasses
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
 
 # Compiling is what tests spend their time on; unoptimised machine code halves it. Here and in the processes they start.
+# Not for programs compiled ahead of time, which are looked at as they will be.
 _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
+if importlib.util.find_spec("libtpu") is None:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
 
 import jax  # noqa: E402 (it reads the flags)
 import pytest  # noqa: E402
