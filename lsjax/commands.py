@@ -15,8 +15,20 @@ from lsjax.errors import UserError
 def run(main: Callable[[], int | None]) -> None:
     """Runs a command. Bad flags and UserError print one line on standard error and exit with status 2."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    _thread_every_virtual_device()
     logging.set_verbosity(logging.WARNING)
     app.run(lambda _: _guarded(main), flags_parser=_parse)
+
+
+def _thread_every_virtual_device() -> None:
+    """Gives XLA:CPU threads for two programs in flight on all its devices, and as many for what runs inside them.
+
+    By default it has one a device. A collective keeps its thread until the other devices arrive, and where none is
+    left for these to arrive on, all wait until XLA gives up.
+    """
+    devices = os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    if devices.isdecimal() and int(devices) > 1:
+        os.environ.setdefault("PJRT_NPROC", str(4 * int(devices)))
 
 
 def _last_line(error: Exception) -> str:

@@ -12,6 +12,8 @@ _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes
 if importlib.util.find_spec("libtpu") is None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
 
+os.environ["PJRT_NPROC"] = "32"  # threads for devices that wait for each other: lsjax/commands.py says why
+
 import jax  # noqa: E402 (it reads the flags)
 import pytest  # noqa: E402
 

@@ -212,3 +212,16 @@ def test_help_teaches(command):
     result = run(command, "--help")
     assert f"python launch/{command} --" in result.stdout
     assert result.stdout.count("\n  --") >= 2  # the flags, each with its line
+
+
+@pytest.mark.parametrize(("devices", "threads"), [("8", "32"), ("1", None)])
+def test_virtual_devices_have_threads_to_wait_on(devices, threads):
+    environment = process_environment(JAX_NUM_CPU_DEVICES=devices)
+    del environment["PJRT_NPROC"]
+    program = (
+        "import os; from lsjax import commands; commands.run(lambda: print('threads', os.environ.get('PJRT_NPROC')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60, check=False
+    )
+    assert done.stdout == f"threads {threads}\n", done.stderr
