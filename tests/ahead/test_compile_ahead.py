@@ -118,18 +118,22 @@ def test_evaluation_between_steps(on_h100):
     assert report["collectives"]["all-gather"]["bytes"] == pytest.approx(weights, rel=0.01)  # each once, in bfloat16
 
 
-def test_a_tpu_step_uses_splash_attention_and_hides_its_gathers():
+def test_a_tpu_step_uses_splash_attention_and_sends_each_weight_seldom():
+    """fsdp=8. XLA:TPU cuts the matmuls of layers into pieces and passes weights and their gradients around between
+    these; the embedding comes once, the head once for the last exit and twice for the early one, on every second step.
+    """
     config = shallow("pretrain_1_5b", model={"num_layers": 2}, training={"batch_size": 16})
     report, _, outcome = report_of(config, "tpu:v5e:2x4")
     assert report["fits"], summary_line(report)
     assert "splash" in report["execution"]
     assert "splash_mqa" in outcome.text
-    assert "async-collective-start" in outcome.text
     params = jax.eval_shape(lambda: init_params(jax.random.key(0), config.model))
     layers = 2 * sum(leaf.size for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim > 2)
     head = 2 * params["embed"].size
-    gathered = report["collectives"]["all-gather"]["bytes"]
-    assert 2 * layers < gathered < 3 * layers + 5 * head
+    sent = {kind: counts["bytes"] for kind, counts in report["collectives"].items()}
+    assert sent["all-gather"] == pytest.approx(head * (1 + 1 + 2 * 0.5), rel=0.005)
+    assert sent["reduce-scatter"] == pytest.approx(head * (1 + 1 + 0.5), rel=0.005)
+    assert layers < sent["collective-permute"] < 3 * layers * 7 / 8
     assert outcome.memory.alias_size_in_bytes >= report["memory"]["parameters"] + report["memory"]["optimizer"]
 
 
@@ -172,7 +176,7 @@ def test_a_decoding_loop_holds_weights_and_caches_once(strategy):
 def test_search_ends_at_what_does_not_fit():
     # Short texts: without cuDNN, long ones take XLA:GPU half a minute a trial.
     config = shallow(
-        model={"num_layers": 32}, layerskip={"exit_curriculum": "none"}, training={"sequence_length": 1024}
+        model={"num_layers": 64}, layerskip={"exit_curriculum": "none"}, training={"sequence_length": 1024}
     )
     lines = []
     best = search(config, parse_topology("gpu:a100-40:1x16"), lines.append)
