@@ -5,8 +5,8 @@ On text that the run held out, or on a prompt of yours:
   python launch/decode.py --model=runs/demo --exit_layer=2 --num_speculations=4 --report=report.json
   python launch/decode.py --model=runs/demo --prompt="def main():"
   python launch/decode.py --model=SmolLM2-135M-Instruct.Q4_1.gguf --chat --prompt="What is the capital of France?"
-
   python launch/decode.py --model=runs/demo --prompt="import os" --temperature=0.8 --top_p=0.95 --seed=1
+  python launch/decode.py --model=runs/demo --compare=transformers
 
 Times never include compilation, repeats of the strategies are interleaved, and speeds are medians over the
 prompts. `speed-up` is against this run's own autoregressive decoding of the same prompts, and "same tokens" says
@@ -14,6 +14,7 @@ whether the tokens are exactly its tokens: always so for greedy self_speculative
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -39,6 +40,7 @@ TOP_K = flags.DEFINE_integer("top_k", 0, "Sampling: only the k likeliest tokens 
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Sampling: only the fewest tokens that together have this probability.")
 SEED = flags.DEFINE_integer("seed", 0, "Sampling: other seeds draw other texts.", lower_bound=0)
 REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements of each prompt and strategy.")
+COMPARE = flags.DEFINE_enum("compare", None, ["transformers"], "Also decode with PyTorch transformers: same weights.")
 REPORT = flags.DEFINE_string("report", None, "Write the results to this JSON file.")
 
 
@@ -54,12 +56,13 @@ def main() -> None:
     report = benchmark(
         model,
         _prompts(model),
-        _strategies(model.config.num_layers),
+        _strategies(model.config.num_layers, STRATEGIES.value),
         max_new_tokens=MAX_NEW_TOKENS.value,
         batch_size=BATCH_SIZE.value,
         repeats=REPEATS.value,
         sampling=_sampling(),
         seed=SEED.value,
+        rivals=_rivals(model),
         note=print,
     )
     print_table(decoding_table(report))
@@ -87,7 +90,7 @@ def _in_template(model, text: str) -> list[int]:
     return model.tokenizer.encode_chat([{"role": "user", "content": text}])
 
 
-def _strategies(num_layers: int) -> list:
+def _strategies(num_layers: int, names: Sequence[str]) -> list:
     from lsjax.decoding.strategies import Autoregressive, EarlyExit, SelfSpeculative
 
     exit_layer = EXIT_LAYER.value if EXIT_LAYER.value is not None else max(1, num_layers // 4)
@@ -96,10 +99,24 @@ def _strategies(num_layers: int) -> list:
         "early_exit": lambda: EarlyExit(exit_layer),
         "self_speculative": lambda: SelfSpeculative(exit_layer, NUM_SPECULATIONS.value),
     }
-    unknown = [name for name in STRATEGIES.value if name not in makers]
-    if unknown or not STRATEGIES.value:
+    unknown = [name for name in names if name not in makers]
+    if unknown or not names:
         raise UserError(f"--strategies: {unknown[0] if unknown else 'empty'!r} is not one of {', '.join(NAMES)}")
-    return [makers[name]() for name in STRATEGIES.value]
+    return [makers[name]() for name in names]
+
+
+def _rivals(model):
+    """What to measure beside our own strategies."""
+    if not COMPARE.value:
+        return lambda _: []
+    if TEMPERATURE.value:
+        raise UserError("--compare is for greedy decoding: leave --temperature at 0")
+    from lsjax.decoding.rivals import TransformersModel, TransformersTrial, ways
+
+    (speculative,) = _strategies(model.config.num_layers, ["self_speculative"])
+    known = ways(speculative.exit_layer, speculative.num_speculations, BATCH_SIZE.value)
+    theirs = TransformersModel(model)
+    return lambda batches: [TransformersTrial(theirs, way, batches) for way in known]
 
 
 def _sampling():
@@ -112,7 +129,7 @@ def _print_texts(model) -> None:
     from lsjax.decoding.generate import generate
 
     gap = "\n" if CHAT.value else ""
-    for strategy in _strategies(model.config.num_layers):
+    for strategy in _strategies(model.config.num_layers, STRATEGIES.value):
         text = generate(model, _prompts(model), MAX_NEW_TOKENS.value, strategy, _sampling(), SEED.value).text[0]
         print(f"\n--- {strategy.name}\n{PROMPT.value}{gap}{text}")
 

@@ -23,20 +23,22 @@ def benchmark(
     repeats: int = 3,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     seed: int = 0,
+    rivals: Callable[[list[PromptBatch]], list["Trial"]] = lambda _: [],
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Runs every strategy on every prompt `repeats` times; returns the report of launch/decode.py as a dict.
 
     Autoregressive decoding always runs too: it is what `speedup` and `matches_autoregressive` compare with (None when
     sampling: the distribution is the same, not the tokens).
-    Prompts go in groups of batch_size; a last group that is not full is filled up from the first prompts.
+    Prompts go in groups of batch_size; a last group that is not full is filled up from the first prompts. `rivals`:
+    other decoders of the same prompts, measured in the same rounds.
     """
     if batch_size < 1 or repeats < 1:
         raise UserError(f"batch_size ({batch_size}) and repeats ({repeats}) must be at least 1")
     strategies = [Autoregressive(), *(s for s in strategies if s != Autoregressive())]
     groups = [_group(prompts, start, batch_size) for start in range(0, len(prompts), batch_size)]
     batches = [PromptBatch.make(model, group, max_new_tokens, sampling, seed) for group in groups]
-    trials = [_Trial(model, strategy, batches) for strategy in strategies]
+    trials = [*(Trial(model, strategy, batches) for strategy in strategies), *rivals(batches)]
     for index, trial in enumerate(trials, 1):
         note(f"compiling {index}/{len(trials)}: {trial.label}")
         trial.compile()
@@ -62,7 +64,7 @@ def _group(prompts: Sequence, start: int, size: int) -> list:
     return [prompts[(start + offset) % len(prompts)] for offset in range(size)]
 
 
-class _Trial:
+class Trial:
     """One strategy and all its measurements: results[batch][repeat]."""
 
     def __init__(self, model: Model, strategy: Strategy, batches: list[PromptBatch]):
@@ -94,7 +96,7 @@ class _Trial:
         values = (self.median(index, key) for index in range(len(self.batches)))
         return [value for value in values if value is not None]
 
-    def summary(self, reference: "_Trial", greedy: bool = True) -> dict[str, Any]:
+    def summary(self, reference: "Trial", greedy: bool = True) -> dict[str, Any]:
         rows = [row for results in self.results for row in results[0].stats]
         drafted, rounds = sum(row["drafted"] for row in rows), sum(row["rounds"] for row in rows)
         new_tokens = sum(row["new_tokens"] for row in rows)
@@ -104,7 +106,7 @@ class _Trial:
         # A text that ended with its first token has no time a token.
         pairs = [pair for pair in pairs if None not in pair]
         return {
-            "strategy": self.strategy.name,
+            "strategy": rows[0]["strategy"],
             "exit_layer": rows[0]["exit_layer"],
             "num_speculations": rows[0]["num_speculations"],
             "batch_size": rows[0]["batch_size"],

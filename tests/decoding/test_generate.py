@@ -1,9 +1,12 @@
 """What `generate` and `benchmark` promise beyond the tokens: inputs refused, statistics that add up."""
 
+import sys
+
 import pytest
 
-from lsjax.decoding.benchmark import _Trial, benchmark
+from lsjax.decoding.benchmark import Trial, benchmark
 from lsjax.decoding.generate import GenerateResult, generate
+from lsjax.decoding.rivals import TransformersModel
 from lsjax.decoding.strategies import Autoregressive, EarlyExit, SelfSpeculative
 from lsjax.errors import UserError
 from lsjax.loading import Model
@@ -82,11 +85,11 @@ def test_speedup_is_the_median_ratio_over_the_same_prompts():
     """Times by hand: ratios 2, 4 and 3 have the median 3, which no ratio of medians or of sums gives."""
 
     def trial(milliseconds):
-        made = _Trial.__new__(_Trial)
+        made = Trial.__new__(Trial)
         made.strategy, made.batches, made.compile_seconds = SelfSpeculative(1, 2), [None] * 4, 0.0
         stats = {
-            "exit_layer": 1, "num_speculations": 2, "batch_size": 1, "new_tokens": 5, "drafted": 4, "accepted": 2,
-            "rounds": 2, "tokens_per_second": None, "time_to_first_token_ms": 1.0,
+            "strategy": "", "exit_layer": 1, "num_speculations": 2, "batch_size": 1, "new_tokens": 5,
+            "drafted": 4, "accepted": 2, "rounds": 2, "tokens_per_second": None, "time_to_first_token_ms": 1.0,
         }  # fmt: skip
         # Three repeats around each time: the median is the time itself.
         made.results = [
@@ -99,3 +102,9 @@ def test_speedup_is_the_median_ratio_over_the_same_prompts():
     assert summary["speedup"] == 3.0
     assert summary["acceptance_rate"] == 0.5
     assert summary["tokens_per_round"] == 2.0
+
+
+def test_comparing_without_transformers_says_what_to_install(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"pip install 'lsjax\[parity\]'"):
+        TransformersModel(model)
