@@ -9,7 +9,7 @@ import jax.numpy as jnp
 MASKED = -1e30
 # Longer sequences go by blocks of so many queries: the scores of one block exist at a time, and keys after it are
 # never read.
-_BLOCK = 512
+_BLOCK = 1024
 _MOST_BLOCKS = 16  # each is a piece of program of its own: compiling many takes minutes
 _WHOLE = 1024
 
