@@ -7,6 +7,7 @@ On text that the run held out, or on a prompt of yours:
   python launch/decode.py --model=SmolLM2-135M-Instruct.Q4_1.gguf --chat --prompt="What is the capital of France?"
   python launch/decode.py --model=runs/demo --prompt="import os" --temperature=0.8 --top_p=0.95 --seed=1
   python launch/decode.py --model=runs/demo --compare=transformers
+  python launch/decode.py --model=runs/demo --prompt="def main():" --stop="class " --stop=$'\n\n'
 
 Times never include compilation, repeats of the strategies are interleaved, and speeds are medians over the
 prompts. `speed-up` is against this run's own autoregressive decoding of the same prompts, and "same tokens" says
@@ -39,6 +40,9 @@ TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy; above, tokens
 TOP_K = flags.DEFINE_integer("top_k", 0, "Sampling: only the k likeliest tokens (0: all).")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Sampling: only the fewest tokens that together have this probability.")
 SEED = flags.DEFINE_integer("seed", 0, "Sampling: other seeds draw other texts.", lower_bound=0)
+STOP = flags.DEFINE_multi_string(
+    "stop", [], "A text that ends a continuation, just before it; may be given repeatedly."
+)
 REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements of each prompt and strategy.")
 COMPARE = flags.DEFINE_enum("compare", None, ["transformers"], "Also decode with PyTorch transformers: same weights.")
 REPORT = flags.DEFINE_string("report", None, "Write the results to this JSON file.")
@@ -63,6 +67,7 @@ def main() -> None:
         sampling=_sampling(),
         seed=SEED.value,
         rivals=_rivals(model),
+        stop=STOP.value,
         note=print,
     )
     print_table(decoding_table(report))
@@ -111,6 +116,8 @@ def _rivals(model):
         return lambda _: []
     if TEMPERATURE.value:
         raise UserError("--compare is for greedy decoding: leave --temperature at 0")
+    if STOP.value:
+        raise UserError("--compare knows no --stop: give one or the other")
     from lsjax.decoding.rivals import TransformersModel, TransformersTrial, ways
 
     (speculative,) = _strategies(model.config.num_layers, ["self_speculative"])
@@ -130,7 +137,8 @@ def _print_texts(model) -> None:
 
     gap = "\n" if CHAT.value else ""
     for strategy in _strategies(model.config.num_layers, STRATEGIES.value):
-        text = generate(model, _prompts(model), MAX_NEW_TOKENS.value, strategy, _sampling(), SEED.value).text[0]
+        how = (strategy, _sampling(), SEED.value, STOP.value)
+        text = generate(model, _prompts(model), MAX_NEW_TOKENS.value, *how).text[0]
         print(f"\n--- {strategy.name}\n{PROMPT.value}{gap}{text}")
 
 

@@ -1,7 +1,7 @@
 """lsjax: LayerSkip in JAX. Train a Llama whose early layers can already predict, then decode faster with it."""
 
 from lsjax.config import Config, ModelConfig, default_config
-from lsjax.decoding.generate import GenerateResult, generate
+from lsjax.decoding.generate import GenerateResult, Piece, generate, stream
 from lsjax.decoding.strategies import Autoregressive, EarlyExit, Sampling, SelfSpeculative
 from lsjax.errors import UserError
 from lsjax.layerskip.dropout import layer_dropout_rates
@@ -17,6 +17,7 @@ __all__ = [
     "GenerateResult",
     "Model",
     "ModelConfig",
+    "Piece",
     "Sampling",
     "SelfSpeculative",
     "UserError",
@@ -29,5 +30,6 @@ __all__ = [
     "layer_dropout_rates",
     "load",
     "read_model_config",
+    "stream",
     "train",
 ]

@@ -94,6 +94,7 @@ BAD_DECODING = {
     "chat without a template": (["--model={hf}", "--chat", "--prompt=hi"], "no chat template"),
     "chat without a prompt": (["--model={run}", "--chat"], "--chat needs --prompt"),
     "prompts without a prompt": (["--model={run}", "--prompts={tmp}/null.jsonl"], "must be a non-empty text"),
+    "an empty stop": (["--model={run}", "--prompt=x", "--stop=y", "--stop="], "stop must be non-empty texts"),
     "not a number": (["--model={run}", "--exit_layer=two"], "--exit_layer"),
 }
 
@@ -134,6 +135,11 @@ def test_decode_prints_the_continuation_of_a_prompt(workdir):
     result = run("decode.py", f"--model={workdir}", "--prompt=def main():", "--max_new_tokens=8")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("def main():") == 3
+    autoregressive = result.stdout.split("--- autoregressive\n")[1].split("\n\n--- ")[0].removeprefix("def main():")
+    stop = autoregressive[3:5]
+    before = autoregressive[: autoregressive.index(stop)]
+    result = run("decode.py", f"--model={workdir}", "--prompt=def main():", "--max_new_tokens=8", f"--stop={stop}")
+    assert f"--- autoregressive\ndef main():{before}\n\n--- early_exit" in result.stdout, result.stderr
 
 
 def test_train_runs_and_resumes(text_folder, tmp_path):

@@ -5,7 +5,9 @@ tokens, chat template) and generation_config.json (which tokens stop).
 """
 
 import contextlib
+import functools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from lsjax.files import read_json, write_atomically
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 TOKENIZER, SETTINGS, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
@@ -66,6 +69,21 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def decode_settled(self, ids: Sequence[int]) -> str:
+        """What the text of `ids` begins with whatever follows them: all of it but a character that is not whole yet."""
+        end = len(ids)
+        while end and ids[end - 1] in self._unsettled:
+            end -= 1
+        # Of bytes that begin a character and do not finish it, a byte-level decoder makes one sign.
+        return self.decode(ids[:end]).removesuffix("\ufffd")
+
+    @functools.cached_property
+    def _unsettled(self) -> frozenset[int]:
+        """Tokens of single bytes (SentencePiece decodes a run of them at once), and those a run may stretch across."""
+        one_byte = {index for token, index in self.backend.get_vocab().items() if _BYTE_TOKEN.fullmatch(token)}
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(one_byte | {index for index, token in added.items() if token.special})
 
     def save(self, folder: Path) -> None:
         """Writes its three files. tokenizer.json comes last: with it, the tokenizer is there."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lsjax.decoding.generate import DecodeProgram, GenerateResult, PromptBatch
+from lsjax.decoding.generate import DecodeProgram, GenerateResult, PromptBatch, rates_by_position
 from lsjax.decoding.strategies import Autoregressive, Sampling, Strategy
 from lsjax.errors import UserError
 from lsjax.loading import Model
@@ -24,12 +24,14 @@ def benchmark(
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     seed: int = 0,
     rivals: Callable[[list[PromptBatch]], list["Trial"]] = lambda _: [],
+    stop: str | Sequence[str] = (),
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Runs every strategy on every prompt `repeats` times; returns the report of launch/decode.py as a dict.
 
     Autoregressive decoding always runs too: it is what `speedup` and `matches_autoregressive` compare with (None when
     sampling: the distribution is the same, not the tokens).
+    `stop`: texts that end a row, as in `generate`; the look for them after every round is inside the times.
     Prompts go in groups of batch_size; a last group that is not full is filled up from the first prompts. `rivals`:
     other decoders of the same prompts, measured in the same rounds.
     """
@@ -37,7 +39,7 @@ def benchmark(
         raise UserError(f"batch_size ({batch_size}) and repeats ({repeats}) must be at least 1")
     strategies = [Autoregressive(), *(s for s in strategies if s != Autoregressive())]
     groups = [_group(prompts, start, batch_size) for start in range(0, len(prompts), batch_size)]
-    batches = [PromptBatch.make(model, group, max_new_tokens, sampling, seed) for group in groups]
+    batches = [PromptBatch.make(model, group, max_new_tokens, sampling, seed, stop) for group in groups]
     trials = [*(Trial(model, strategy, batches) for strategy in strategies), *rivals(batches)]
     for index, trial in enumerate(trials, 1):
         note(f"compiling {index}/{len(trials)}: {trial.label}")
@@ -54,6 +56,7 @@ def benchmark(
         "jax_version": jax.__version__,
         "max_new_tokens": max_new_tokens,
         "sampling": dataclasses.asdict(sampling) | {"seed": seed},
+        "stop": list(batches[0].stop_texts),
         "prompts": len(prompts),
         "repeats": repeats,
         "runs": [trial.summary(trials[0], greedy=sampling.temperature == 0) for trial in trials],
@@ -116,6 +119,7 @@ class Trial:
             "tokens_per_second": _median(self.medians("tokens_per_second")),
             "time_to_first_token_ms": _median(self.medians("time_to_first_token_ms")),
             "acceptance_rate": sum(row["accepted"] for row in rows) / drafted if drafted else None,
+            "acceptance_by_position": rates_by_position([(r["drafted"], r["accepted_by_position"]) for r in rows]),
             "tokens_per_round": (new_tokens - len(rows)) / rounds if rounds else None,
             "speedup": _median([theirs / ours for theirs, ours in pairs]),
             "matches_autoregressive": self._tokens() == reference._tokens() if greedy else None,

@@ -1,39 +1,30 @@
-"""`generate`: prompts in, texts out, by any strategy; and the compiled programs behind it."""
+"""`generate` and `stream`: prompts in, texts out, by any strategy; and the compiled programs behind them."""
 
-import collections
 import functools
-import operator
 import time
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lsjax.config import ModelConfig
+from lsjax.decoding.batch import PromptBatch
 from lsjax.decoding.loops import Decoding
 from lsjax.decoding.passes import Weights
 from lsjax.decoding.programs import DecodeShape, lower_decoding
-from lsjax.decoding.rules import Greedy, Rule, Sampled
-from lsjax.decoding.strategies import (
-    Autoregressive,
-    Sampling,
-    Strategy,
-    check_sampling,
-    check_strategy,
-    lookahead,
-)
-from lsjax.errors import UserError
+from lsjax.decoding.rules import Rule
+from lsjax.decoding.running import Running
+from lsjax.decoding.stops import final_text, text_so_far
+from lsjax.decoding.strategies import Autoregressive, Sampling, Strategy, check_strategy, lookahead
 from lsjax.loading import Model
-from lsjax.scale.sharding import replicated_like
 
 _CAPACITY_STEP = 64
-_SMALLEST_BUCKET = 16
 
 
 class GenerateResult(NamedTuple):
-    """One entry a prompt: new token ids (the stop token included), their text, and what the decoding did."""
+    """One entry a prompt: new token ids (the stop token, or the one that completed a stop string, included), their text
+    (up to the stop string), and what the decoding did."""
 
     tokens: list[list[int]]
     text: list[str]
@@ -47,88 +38,101 @@ def generate(
     strategy: Strategy = Autoregressive(),  # noqa: B008 (frozen)
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     seed: int = 0,
+    stop: str | Sequence[str] = (),
+    stop_tokens: Sequence[int] = (),
 ) -> GenerateResult:
     """Continuations of prompts (texts or token lists, of any lengths) in one batch, greedy unless `sampling` says else.
 
     A row's result does not depend on the others: what is drawn depends on the seed, the prompt, and how many equal
-    prompts stand before it (so that n copies give n samples). Generation ends at the tokenizer's stop token or after
-    max_new_tokens. Raises UserError on an empty or too long prompt, a token, an exit layer or a setting out of range.
+    prompts stand before it (so that n copies give n samples). A row ends with the tokenizer's stop token or one of
+    `stop_tokens`; with the token that completes one of the texts in `stop`, its own text just before that; or after
+    max_new_tokens: its stats say `finish_reason` "stop" or "length". Stop texts are looked for after every round, each
+    then a call of the device. Raises UserError on an empty or too long prompt, a token, an exit layer or a setting out
+    of range.
     """
-    batch = PromptBatch.make(model, prompts, max_new_tokens, sampling, seed)
+    batch = PromptBatch.make(model, prompts, max_new_tokens, sampling, seed, stop, stop_tokens)
+    return _compiled_program(model, strategy, batch).run(model, batch)
+
+
+class Piece(NamedTuple):
+    """What one round adds to a row: its new tokens, and the text that is certain with them. Half a character, or what
+    may become a stop string, waits for a later piece; the row's last one says why it ended."""
+
+    tokens: list[int]
+    text: str
+    row: int = 0
+    finish_reason: str | None = None
+
+
+def stream(
+    model: Model,
+    prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
+    max_new_tokens: int,
+    strategy: Strategy = Autoregressive(),  # noqa: B008 (frozen)
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    stop_tokens: Sequence[int] = (),
+) -> Iterator[Piece]:
+    """Like `generate`, piece by piece: of one prompt (a text or a token list), or of several as they come.
+
+    A row's pieces together are what `generate` returns for the same arguments, tokens and text. Each round is one call
+    of the device, made when its pieces are asked for; leaving early costs nothing. Raises UserError as `generate` does,
+    when called.
+    """
+    prompts = [prompts] if _is_one(prompts) else prompts
+    batch = PromptBatch.make(model, prompts, max_new_tokens, sampling, seed, stop, stop_tokens)
+    return _pieces(model, batch, _compiled_program(model, strategy, batch).start(model, batch))
+
+
+def _is_one(prompts: object) -> bool:
+    """A text, or the token ids of one."""
+    if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
+        return isinstance(prompts, str)
+    return len(prompts) > 0 and all(isinstance(part, int | np.integer) for part in prompts)
+
+
+def _pieces(model: Model, batch: PromptBatch, running: Running) -> Iterator[Piece]:
+    rows = len(batch.lengths)
+    taken, shown = [0] * rows, [0] * rows
+    running.prefill(look=True)
+    while True:
+        for row in range(rows):
+            tokens, ended = running.tokens(row), running.seen.done[row]
+            if len(tokens) == taken[row]:
+                continue
+            if ended:
+                text, reason = _ending(model, batch, tokens)
+            else:
+                text, reason = text_so_far(model.tokenizer, tokens, batch.stop_texts), None
+            yield Piece(tokens[taken[row] :], text[shown[row] :], row, reason)
+            taken[row], shown[row] = len(tokens), len(text)
+        if running.seen.done.all():
+            return
+        running.one_round()
+
+
+def _compiled_program(model: Model, strategy: Strategy, batch: PromptBatch) -> "DecodeProgram":
     program = DecodeProgram(model.config, strategy, batch)
     program.compile(model.decoder_weights)
-    return program.run(model, batch)
+    return program
 
 
-class PromptBatch(NamedTuple):
-    """Prompts ready for the device: tokens [B, bucket] right-padded, lengths [B]."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    max_new_tokens: int
-    stop: np.ndarray
-    rule: Rule = Greedy()
-
-    @classmethod
-    def make(
-        cls,
-        model: Model,
-        prompts: Sequence[str | Sequence[int]],
-        max_new_tokens: int,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-        seed: int = 0,
-    ) -> "PromptBatch":
-        check_sampling(sampling)
-        if isinstance(prompts, str) or not len(prompts):
-            raise UserError("prompts must be a list of at least one text or token list")
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        rows = [_encode(model, index, prompt, max_new_tokens) for index, prompt in enumerate(prompts)]
-        lengths = np.array([len(row) for row in rows], np.int32)
-        tokens = np.zeros((len(rows), _bucket(int(lengths.max()))), np.int32)
-        for index, row in enumerate(rows):
-            tokens[index, : len(row)] = row
-        stop = np.array(model.tokenizer.stop, np.int32)
-        return cls(tokens, lengths, max_new_tokens, stop, _rule(sampling, rows, seed))
+def _ending(model: Model, batch: PromptBatch, tokens: list[int]) -> tuple[str, str]:
+    """(text, finish_reason) of a row that ended."""
+    text, stopped = final_text(model.tokenizer, tokens, batch.stop_texts)
+    return text, "stop" if stopped or tokens[-1] in batch.stop else "length"
 
 
-def _rule(sampling: Sampling, rows: list[list[int]], seed: int) -> Rule:
-    if sampling.temperature == 0:
-        return Greedy()
-    seen, marks = collections.Counter(), []
-    for text in (np.array(row, np.int32).tobytes() for row in rows):
-        marks.append((zlib.crc32(text), seen[text]))
-        seen[text] += 1
-    fold = lambda mark: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), mark[0]), mark[1])  # noqa: E731
-    keys = jax.vmap(fold)(np.array(marks, np.uint32))
-    filters = (np.int32(sampling.top_k), np.float32(sampling.top_p)) if sampling.top_k or sampling.top_p < 1 else ()
-    return Sampled(np.asarray(jax.random.key_data(keys)), np.float32(sampling.temperature), *filters)
+def rates_by_position(counts: Sequence[tuple[int, list[int]]]) -> list[float | None]:
+    """Of `drafted` and `accepted_by_position` of one row or several: how often the i-th draft of a round was accepted.
 
-
-def _encode(model: Model, index: int, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
-    if isinstance(prompt, str) and not prompt:
-        raise UserError(f"prompt {index} is empty")
-    try:
-        row = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [operator.index(t) for t in prompt]
-    except TypeError:
-        raise UserError(f"prompt {index} must be a text or a list of token ids, got {prompt!r}") from None
-    if not row:
-        raise UserError(f"prompt {index} is empty")
-    bad = [token for token in row if not 0 <= token < model.config.vocab_size]
-    if bad:
-        raise UserError(f"prompt {index} holds token {bad[0]}, outside the vocabulary 0..{model.config.vocab_size - 1}")
-    context = model.config.context_length
-    if len(row) + max_new_tokens > context:
-        raise UserError(
-            f"prompt {index} has {len(row)} tokens; with max_new_tokens={max_new_tokens} that exceeds the model's "
-            f"context of {context}"
-        )
-    return row
-
-
-def _bucket(length: int) -> int:
-    """Prompt lengths rounded up to a power of two, so that a new length seldom compiles anew."""
-    return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+    Every round drafts d tokens, all of which count but in a row's last round: a remainder is of its first drafts.
+    """
+    accepted = [sum(column) for column in zip(*(by_position for _, by_position in counts), strict=True)]
+    drafts = len(accepted)
+    drafted = [sum(-((index - total) // drafts) for total, _ in counts) for index in range(drafts)]
+    return [part / whole if whole else None for part, whole in zip(accepted, drafted, strict=True)]
 
 
 class DecodeProgram:
@@ -151,21 +155,27 @@ class DecodeProgram:
         self._prefill, self._decode = _compiled(tree, tuple(leaves), *self._arguments)
         return time.perf_counter() - began
 
+    def start(self, model: Model, batch: PromptBatch) -> Running:
+        return Running(self._prefill, self._decode, model.decoder_weights, batch, model.tokenizer)
+
     def run(self, model: Model, batch: PromptBatch) -> GenerateResult:
         """Decodes, timing prefill (to the first token) and the loop; compilation is never inside."""
-        weights = model.decoder_weights
-        everywhere = replicated_like(weights["embed"])
-        inputs = (batch.tokens, batch.lengths, np.int32(batch.max_new_tokens), batch.stop, batch.rule)
-        tokens, lengths, limit, stop, rule = jax.block_until_ready(jax.device_put(inputs, everywhere))
-        jax.block_until_ready(weights)
+        running = self.start(model, batch)
         began = time.perf_counter()
-        state = jax.block_until_ready(self._prefill(weights, tokens, lengths, limit, stop, rule))
+        running.prefill(look=bool(batch.stop_texts))
         first = time.perf_counter()
-        state = jax.block_until_ready(self._decode(weights, state, limit, stop, rule))
+        if batch.stop_texts:
+            while not running.seen.done.all():
+                running.one_round()
+        else:
+            running.to_the_end()
         ended = time.perf_counter()
-        return self._result(model, jax.device_get(state._replace(cache=())), first - began, ended - first)
+        running.look()
+        return self._result(model, batch, running.seen, first - began, ended - first)
 
-    def _result(self, model: Model, state: Decoding, prefill_seconds: float, seconds: float) -> GenerateResult:
+    def _result(
+        self, model: Model, batch: PromptBatch, state: Decoding, prefill_seconds: float, seconds: float
+    ) -> GenerateResult:
         rows = len(state.emitted)
         tokens = [state.tokens[row, : state.emitted[row]].tolist() for row in range(rows)]
         # The loop emits all but the first token of each row, which is prefill's.
@@ -180,19 +190,24 @@ class DecodeProgram:
             "tokens_per_second": looped / seconds if looped else None,
             "time_to_first_token_ms": 1e3 * prefill_seconds,
         }
-        stats = []
+        texts, stats = [], []
         for row in range(rows):
+            text, reason = _ending(model, batch, tokens[row])
             drafted, accepted, rounds = (int(a[row]) for a in (state.drafted, state.accepted, state.rounds))
             counts = {
                 "new_tokens": len(tokens[row]),
+                "finish_reason": reason,
                 "rounds": rounds,
                 "drafted": drafted,
                 "accepted": accepted,
+                "accepted_by_position": state.accepted_at[row].tolist(),
                 "acceptance_rate": accepted / drafted if drafted else None,
+                "acceptance_by_position": rates_by_position([(drafted, state.accepted_at[row].tolist())]),
                 "tokens_per_round": (len(tokens[row]) - 1) / rounds if rounds else None,
             }
+            texts.append(text)
             stats.append(common | counts)
-        return GenerateResult(tokens, [model.tokenizer.decode(row) for row in tokens], stats)
+        return GenerateResult(tokens, texts, stats)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,9 +1,13 @@
 """The decoding loops: one `lax.while_loop` each, nothing on the host inside, a single predicate a round.
 
+A loop ends when every row is done, or pauses after `pause` rounds in all, for its state to be looked at; called again
+with that state and a later pause, it goes on as if it had not paused.
+
 Invariant: `length[b]` entries of row b's cache are valid, and `pending[b]`, its newest token, is not among them
 yet. A rejected draft is undone by not advancing the length.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,9 +18,12 @@ from lsjax.decoding.passes import Cache, Weights, embed, run_layers
 from lsjax.decoding.rules import Greedy, Rule
 from lsjax.model.transformer import exit_logits
 
+ALL_ROUNDS = 2**31 - 1  # a `pause` that never comes
+
 
 class Decoding(NamedTuple):
-    """The state of B rows being decoded. `tokens` [B, >= limit + d] has `emitted` valid entries a row."""
+    """The state of B rows being decoded. `tokens` [B, >= limit + d] has `emitted` valid entries a row;
+    `accepted_at` [B, d] counts the rounds in which a row's i-th draft was accepted."""
 
     cache: Cache
     tokens: jax.Array
@@ -27,9 +34,18 @@ class Decoding(NamedTuple):
     rounds: jax.Array
     drafted: jax.Array
     accepted: jax.Array
+    accepted_at: jax.Array
 
 
-def begin(cache: Cache, first: jax.Array, lengths: jax.Array, limit: jax.Array, stop: jax.Array, room: int) -> Decoding:
+def begin(
+    cache: Cache,
+    first: jax.Array,
+    lengths: jax.Array,
+    limit: jax.Array,
+    stop: jax.Array,
+    room: int,
+    num_speculations: int = 0,
+) -> Decoding:
     """After prefill: `first` [B] is already emitted. `room`: tokens a row may write, rounds past the limit
     included. `limit` [] is max_new_tokens, `stop` [n] the ids that end a text."""
     batch = first.shape[0]
@@ -44,6 +60,7 @@ def begin(cache: Cache, first: jax.Array, lengths: jax.Array, limit: jax.Array, 
         rounds=zeros,
         drafted=zeros,
         accepted=zeros,
+        accepted_at=jnp.zeros((batch, num_speculations), jnp.int32),
     )
 
 
@@ -55,6 +72,7 @@ def autoregressive_loop(
     config: ModelConfig,
     exit_layer: int,
     rule: Rule = Greedy(),  # noqa: B008 (immutable)
+    pause: jax.Array | int = ALL_ROUNDS,
 ) -> Decoding:
     """One token a pass through the first `exit_layer` layers (L: the full model) until every row is done."""
 
@@ -64,7 +82,7 @@ def autoregressive_loop(
         token, _ = rule.choose(exit_logits(weights, x, config)[:, 0], state.emitted)
         return _commit(state._replace(cache=cache), token[:, None], jnp.zeros_like(state.length), 0, limit, stop)
 
-    return jax.lax.while_loop(lambda state: ~jnp.all(state.done), one_token, state)
+    return jax.lax.while_loop(_goes_on(pause), one_token, state)
 
 
 def self_speculative_loop(
@@ -76,6 +94,7 @@ def self_speculative_loop(
     exit_layer: int,
     num_speculations: int,
     rule: Rule = Greedy(),  # noqa: B008 (immutable)
+    pause: jax.Array | int = ALL_ROUNDS,
 ) -> Decoding:
     """Rounds of: draft d tokens with the first E layers, verify all with the others, keep what `rule` accepts.
 
@@ -92,7 +111,12 @@ def self_speculative_loop(
         block, accepted = rule.verify(drafted.tokens, drafted.drawn_by, logits, state.emitted)
         return _commit(state._replace(cache=cache), block, accepted, num_speculations, limit, stop)
 
-    return jax.lax.while_loop(lambda state: ~jnp.all(state.done), one_round, state)
+    return jax.lax.while_loop(_goes_on(pause), one_round, state)
+
+
+def _goes_on(pause: jax.Array | int) -> Callable[[Decoding], jax.Array]:
+    # A row that is not done has been through every round so far.
+    return lambda state: jnp.any(~state.done & (state.rounds < pause))
 
 
 class Drafts(NamedTuple):
@@ -158,6 +182,7 @@ def _commit(
     newest = jnp.take_along_axis(block, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
     active = ~state.done
     emitted = state.emitted + kept
+    counted = jnp.where(active, jnp.minimum(accepted, kept), 0)
     return state._replace(
         # The whole block goes in; entries past `emitted` are overwritten by the next round or never read.
         tokens=jnp.where(state.done[:, None], state.tokens, jax.vmap(write_row)(state.tokens, block, state.emitted)),
@@ -167,5 +192,6 @@ def _commit(
         done=state.done | (until_stop <= agreed) | (emitted >= limit),
         rounds=state.rounds + active,
         drafted=state.drafted + jnp.where(active, jnp.where(kept < agreed, kept, drafted), 0),
-        accepted=state.accepted + jnp.where(active, jnp.minimum(accepted, kept), 0),
+        accepted=state.accepted + counted,
+        accepted_at=state.accepted_at + (jnp.arange(state.accepted_at.shape[1]) < counted[:, None]),
     )

@@ -16,6 +16,8 @@ from pallas_kernels.kv_cache import reference as kv_cache
 Weights = dict[str, Any]
 Cache = tuple[kv_cache.LayerCache, ...]
 
+PREFILL_CHUNK = 512  # tokens of longer prompts read at a time
+
 
 def decoder_weights(params: Params, dtype: jnp.dtype) -> Weights:
     """Parameters for decoding: `layers` is a tuple of L trees, each layer's arrays its own, in `dtype`.
@@ -76,6 +78,8 @@ def prefill(
     Padding is written to the cache too, but past each row's length, where it is never read.
     """
     batch, length = tokens.shape
+    if length > PREFILL_CHUNK:
+        return _prefill_by_chunks(weights, tokens, lengths, cache, config, layers)
     start = jnp.zeros(batch, jnp.int32)
     cos_sin = rotation(jnp.broadcast_to(jnp.arange(length), (batch, length)), config)
     x, cache = embed(weights, tokens), list(cache)
@@ -87,3 +91,26 @@ def prefill(
         x, cache[index] = apply_layer(weights["layers"][index], x, cos_sin, attend, config)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return exit_logits(weights, last, config)[:, 0], tuple(cache)
+
+
+def _prefill_by_chunks(
+    weights: Weights, tokens: jax.Array, lengths: jax.Array, cache: Cache, config: ModelConfig, layers: range
+) -> tuple[jax.Array, Cache]:
+    """One loop over chunks against the cache: beside it, a longer prompt needs no more memory than its scores of one
+    chunk. Chunks past the longest prompt are left out."""
+    batch, length = tokens.shape
+    chunk = PREFILL_CHUNK
+
+    def read(index, carry):
+        last, cache = carry
+        # Where chunks do not divide the length, the last one begins earlier and reads some tokens a second time.
+        start = jnp.minimum(index * chunk, length - chunk)
+        x = embed(weights, jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1))
+        x, cache = run_layers(weights, x, cache, jnp.full(batch, start), layers, config)
+        at = lengths - 1 - start
+        newest = jnp.take_along_axis(x, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)
+        return jnp.where(((at >= 0) & (at < chunk))[:, None, None], newest, last), cache
+
+    nothing = jnp.zeros((batch, 1, weights["embed"].shape[1]), weights["embed"].dtype)
+    last, cache = jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), read, (nothing, cache))
+    return exit_logits(weights, last, config)[:, 0], cache

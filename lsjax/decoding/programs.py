@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
-from lsjax.decoding.loops import Decoding, autoregressive_loop, begin, self_speculative_loop
+from lsjax.decoding.loops import ALL_ROUNDS, Decoding, autoregressive_loop, begin, self_speculative_loop
 from lsjax.decoding.passes import Weights, init_cache, prefill
 from lsjax.decoding.rules import Greedy, Rule
 from lsjax.decoding.strategies import SelfSpeculative, Strategy
@@ -36,7 +36,7 @@ def lower_decoding(
     this process or another ("tpu", "cuda").
 
     prefill (weights, tokens [B, bucket], lengths [B], limit [], stop [n], rule) -> Decoding; decode (weights, Decoding,
-    limit, stop, rule) -> Decoding, the state donated. `rule` may be of arrays or of their descriptions.
+    limit, stop, rule, pause []) -> Decoding, the state donated. `rule` may be of arrays or of their descriptions.
     """
     everywhere, mesh = replicated_like(weights["embed"]), mesh_of(weights["embed"])
     int32 = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=everywhere)  # noqa: E731
@@ -50,7 +50,7 @@ def lower_decoding(
         state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
     platforms = {"lowering_platforms": (platform,)} if platform else {}
     begun = jax.jit(first_token, out_shardings=shardings).trace(*inputs)
-    arguments = (weights, state, int32(), int32(shape.stops), rule)
+    arguments = (weights, state, int32(), int32(shape.stops), rule, int32())
     loop = jax.jit(decode, donate_argnums=1, out_shardings=shardings).trace(*arguments)
     return begun.lower(**platforms), loop.lower(**platforms)
 
@@ -64,11 +64,11 @@ def _first_token(weights, tokens, lengths, limit, stop, rule, *, config, strateg
     cache = init_cache(config, shape.rows, shape.capacity, weights["embed"].dtype)
     logits, cache = prefill(weights, tokens, lengths, cache, config, range(last_layer(config, strategy)))
     first, _ = rule.choose(logits, jnp.zeros_like(lengths))
-    return begin(cache, first, lengths, limit, stop, shape.room)
+    return begin(cache, first, lengths, limit, stop, shape.room, getattr(strategy, "num_speculations", 0))
 
 
-def _decode(weights, state: Decoding, limit, stop, rule, *, config: ModelConfig, strategy: Strategy):
+def _decode(weights, state: Decoding, limit, stop, rule, pause=ALL_ROUNDS, *, config: ModelConfig, strategy: Strategy):
     if isinstance(strategy, SelfSpeculative):
         drafting = strategy.exit_layer, strategy.num_speculations
-        return self_speculative_loop(weights, state, limit, stop, config, *drafting, rule)
-    return autoregressive_loop(weights, state, limit, stop, config, last_layer(config, strategy), rule)
+        return self_speculative_loop(weights, state, limit, stop, config, *drafting, rule, pause)
+    return autoregressive_loop(weights, state, limit, stop, config, last_layer(config, strategy), rule, pause)

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lsjax.decoding.batch import PromptBatch
 from lsjax.decoding.benchmark import Trial
-from lsjax.decoding.generate import GenerateResult, PromptBatch
+from lsjax.decoding.generate import GenerateResult
 from lsjax.errors import UserError
 from lsjax.interop.huggingface import write_huggingface
 from lsjax.loading import Model
@@ -129,5 +130,6 @@ class TransformersTrial(Trial):
             "rounds": 0,
             "drafted": 0,
             "accepted": 0,
+            "accepted_by_position": [],
         }
         self.results[index].append(GenerateResult(tokens, [], [common | {"new_tokens": len(row)} for row in tokens]))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lsjax.checkpoint import abstract_arrays
 from lsjax.config import Config, MeshConfig
 from lsjax.data.batch import Batch
-from lsjax.decoding.passes import decoder_weights
+from lsjax.decoding.passes import PREFILL_CHUNK, decoder_weights
 from lsjax.decoding.programs import DecodeShape, last_layer, lower_decoding
 from lsjax.decoding.strategies import Strategy, check_strategy
 from lsjax.errors import UserError
@@ -29,7 +29,7 @@ from lsjax.training.step import init_state, make_train_step, microbatch_residual
 class Ahead(NamedTuple):
     """A program lowered for a mesh of devices that only compile. `held`: {kind: bytes that one device holds for it}
     of what goes in; `kept`: bytes of activations among its temporaries. `flops`: of a token, by kind, `executed` among
-    them; `tokens`: of one device, a run (a round, for a decoding loop)."""
+    them; `tokens`: of one device, a run (a round, for a decoding loop). `turns`: of a loop in it that values end."""
 
     name: str
     mesh: Mesh
@@ -39,6 +39,7 @@ class Ahead(NamedTuple):
     flops: dict[str, float]
     tokens: float
     kept: int = 0
+    turns: int = 1
 
 
 class Outcome(NamedTuple):
@@ -114,8 +115,15 @@ def decode_programs(
     make = functools.partial(Ahead, mesh=mesh, execution=execution, held=held)
     prefilled, a_round = _decode_flops(config, strategy, prompt_tokens, capacity)
     share = rows / ways
+    chunks = -(-prompt_tokens // PREFILL_CHUNK)
     return (
-        make(f"prefill ({strategy.name})", lowered=programs[0], flops=prefilled, tokens=share * prompt_tokens),
+        make(
+            f"prefill ({strategy.name})",
+            lowered=programs[0],
+            flops=prefilled,
+            tokens=share * prompt_tokens,
+            turns=chunks,
+        ),
         make(strategy.name, lowered=programs[1], flops=a_round, tokens=share),
     )
 

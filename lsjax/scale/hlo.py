@@ -44,12 +44,14 @@ Computation = dict[str, Instruction]
 class Program(NamedTuple):
     computations: dict[str, Computation]
     entry: str
+    unknown_turns: int = 1  # of a loop whose number of turns is not in the text
 
     def runs(self, share: Callable[[Instruction], float] = lambda _: 1.0) -> Iterator[tuple[Instruction, float]]:
         """Every instruction of the program with how often it runs, those inside fusions left out.
 
         share(conditional): in how many of its turns a `conditional` takes the branch with the most instructions
-        (the other ones are small: they give zeros back). A loop whose number of turns is not in the text counts once.
+        (the other ones are small: they give zeros back). A loop whose number of turns is not in the text counts
+        `unknown_turns` times.
         """
         yield from self._runs(self.entry, 1.0, share)
 
@@ -58,7 +60,7 @@ class Program(NamedTuple):
             yield instruction, times
             if instruction.opcode == "while":
                 body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)[1]
-                yield from self._runs(body, times * (self.trip_count(instruction) or 1), share)
+                yield from self._runs(body, times * (self.trip_count(instruction) or self.unknown_turns), share)
             elif instruction.opcode == "conditional":
                 largest = max(instruction.called(), key=self._size)
                 yield from self._runs(largest, times * share(instruction), share)

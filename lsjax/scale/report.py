@@ -33,7 +33,7 @@ def describe(config: Config, topology: Topology, program: Ahead, outcome: Outcom
     report["fits"] = not outcome.problem and report["memory"]["margin"] >= 0
     if outcome.problem:
         return report | {"problem": _first_lines(outcome.problem)}
-    parsed = hlo.parse(outcome.text)
+    parsed = hlo.parse(outcome.text)._replace(unknown_turns=program.turns)
     share = _shares(config)
     sent = summarize(collectives(parsed, program.mesh.size, share), topology)
     report["collectives"] = sent

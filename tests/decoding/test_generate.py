@@ -61,6 +61,8 @@ def test_the_benchmark_report_is_consistent(model):
     assert plain["acceptance_rate"] is None
     assert plain["tokens_per_round"] == 1.0
     assert full["acceptance_rate"] == 1.0
+    assert full["acceptance_by_position"] == [1.0, 1.0]
+    assert plain["acceptance_by_position"] == []
     assert full["tokens_per_round"] == pytest.approx(8 / 3)
     for run in report["runs"]:
         # Two groups of equal size: the median of two is their mean.
@@ -89,7 +91,8 @@ def test_speedup_is_the_median_ratio_over_the_same_prompts():
         made.strategy, made.batches, made.compile_seconds = SelfSpeculative(1, 2), [None] * 4, 0.0
         stats = {
             "strategy": "", "exit_layer": 1, "num_speculations": 2, "batch_size": 1, "new_tokens": 5,
-            "drafted": 4, "accepted": 2, "rounds": 2, "tokens_per_second": None, "time_to_first_token_ms": 1.0,
+            "drafted": 4, "accepted": 2, "accepted_by_position": [1, 1], "rounds": 2, "tokens_per_second": None,
+            "time_to_first_token_ms": 1.0,
         }  # fmt: skip
         # Three repeats around each time: the median is the time itself.
         made.results = [
@@ -101,6 +104,7 @@ def test_speedup_is_the_median_ratio_over_the_same_prompts():
     summary = trial([1.0, 1.0, 3.0, None]).summary(trial([2.0, 4.0, 9.0, 7.0]))
     assert summary["speedup"] == 3.0
     assert summary["acceptance_rate"] == 0.5
+    assert summary["acceptance_by_position"] == [0.5, 0.5]
     assert summary["tokens_per_round"] == 2.0
 
 

@@ -40,7 +40,7 @@ def test_a_stop_token_ends_their_rows_too(tmp_path):
     make_llama(tmp_path, "llama3")
     model = lsjax.load(tmp_path)
     theirs = TransformersModel(model)
-    batch = lsjax.decoding.generate.PromptBatch.make(model, PROMPTS, 24)
+    batch = PromptBatch.make(model, PROMPTS, 24)
     tokens, *_ = theirs.decode(batch, ways(1, 3, 3)[0])
     theirs.stop = [tokens[0][5]]
     first = tokens[0].index(theirs.stop[0])
