@@ -1,7 +1,9 @@
 """The plain-JAX KV cache of one layer: static shape, head-major, a length per row kept by the caller.
 
-Rolling back is moving that length: entries at or past it are never read, whatever they hold, and are
-overwritten by the next write.
+Rolling back is moving that length: entries at or past it have no weight, whatever finite numbers they hold, and are
+overwritten by the next write. A cache holds finite values always, since 0 * NaN would leak out of an entry without
+weight: `write` sees to it, at the cost of the new tokens, where masking the values in `attend` makes XLA:GPU and
+XLA:CPU copy all of them for every block of queries.
 """
 
 import math
@@ -27,8 +29,9 @@ def init_layer_cache(batch: int, num_kv_heads: int, capacity: int, head_width: i
 
 
 def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> LayerCache:
-    """Puts k, v [B, T, K, H] at positions[b] .. positions[b] + T - 1 of each row b."""
-    return LayerCache(_write(cache.k, k, positions), _write(cache.v, v, positions))
+    """Puts k, v [B, T, K, H] at positions[b] .. positions[b] + T - 1 of each row b; values that are not finite, as 0."""
+    values = jnp.where(jnp.isfinite(v), v, 0)
+    return LayerCache(_write(cache.k, k, positions), _write(cache.v, values, positions))
 
 
 def _write(old: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
@@ -48,11 +51,9 @@ def attend(q: jax.Array, cache: LayerCache, positions: jax.Array) -> jax.Array:
     last_seen = positions[:, None] + jnp.arange(queries)
     entries = jnp.arange(cache.k.shape[2])
     visible = (entries <= last_seen[..., None])[:, None, None]  # [B,1,1,T,C]
-    # A stale entry may hold anything, even NaN: 0 * NaN would leak it through the weighted sum.
-    values = jnp.where((entries <= last_seen[:, -1:])[:, None, :, None], cache.v, 0)
     scores = _scores(q.transpose(0, 2, 3, 1, 4), cache.k) * width**-0.5
     weights = jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1)
-    return _mix(weights, values).transpose(0, 3, 1, 2, 4).astype(q.dtype)
+    return _mix(weights, cache.v).transpose(0, 3, 1, 2, 4).astype(q.dtype)
 
 
 # A few queries against a cache, batched over KV heads, are tiny matmuls. XLA:CPU hands each to a threaded

@@ -2,18 +2,23 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.decoding.generate import DecodeProgram, PromptBatch, generate
+from lsjax.decoding import programs
+from lsjax.decoding.generate import DecodeProgram, PromptBatch, _compiled, generate
 from lsjax.decoding.loops import begin, draft, self_speculative_loop
 from lsjax.decoding.passes import decoder_weights, init_cache, prefill, run_layers
+from lsjax.decoding.programs import DecodeShape
+from lsjax.decoding.rules import Greedy
 from lsjax.decoding.strategies import Autoregressive, EarlyExit, SelfSpeculative
 from lsjax.loading import Model
 from lsjax.model.transformer import forward, hidden_states
+from pallas_kernels.kv_cache import reference as kv_cache
 
 PROMPTS = [[5, 9, 2], [7] * 17, [300, 1, 14, 15, 92, 6, 53]]
 NEW = 24
@@ -117,8 +122,80 @@ def test_the_limit_is_exact(model, new):
     assert tokens == [reference_tokens(tuple(prompt), 4)[:new] for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize(("exit_layer", "drafts"), [(2, 3), (3, 2), (4, 5)])
+def test_texts_of_a_batch_end_at_every_position_of_a_block(varied, varied_params, exit_layer, drafts):
+    """Each row has an end of its own, all of them in one batch. Where blocks begin is told by their count under every
+    limit: the first token is prefill's, the second begins the first block."""
+    plain, strategy = Model(varied, varied_params, NoTokenizer()), SelfSpeculative(exit_layer, drafts)
+    reference = [reference_tokens(tuple(prompt), 4) for prompt in PROMPTS]
+    stats = [generate(plain, PROMPTS, limit, strategy).stats for limit in range(1, NEW + 1)]
+    rounds = np.array([[row["rounds"] for row in batch] for batch in stats]).T
+    seen = set()
+    for shift in range(1, NEW):
+        ends = [row[(shift + 5 * index) % NEW] for index, row in enumerate(reference)]
+        ended = generate(Model(varied, varied_params, NoTokenizer(ends)), PROMPTS, NEW, strategy)
+        lengths = [min(row.index(end) for end in ends if end in row) + 1 for row in reference]
+        assert ended.tokens == [row[:length] for row, length in zip(reference, lengths, strict=True)]
+        for length, counts, row in zip(lengths, rounds, ended.stats, strict=True):
+            assert row["rounds"] == counts[length - 1]
+            if length > 1:
+                seen.add(length - 1 - int(np.searchsorted(counts, counts[length - 1])))
+    assert seen == set(range(drafts + 1))
+
+
+@pytest.mark.parametrize("strategy", [Autoregressive(), EarlyExit(2), SelfSpeculative(2, 3), SelfSpeculative(4, 5)])
+def test_what_a_cache_held_before_does_not_matter(monkeypatch, model, strategy):
+    """Prefill, padding, drafting and rejections on caches full of huge numbers, rows of several lengths together."""
+    made = kv_cache.init_layer_cache
+
+    def used(*sizes):
+        return jax.tree.map(lambda a: jnp.full_like(a, 1e30), made(*sizes))
+
+    monkeypatch.setattr(kv_cache, "init_layer_cache", used)
+    _compiled.cache_clear()
+    found = generate(model, PROMPTS, NEW, strategy).tokens
+    _compiled.cache_clear()
+    exit_layer = 2 if strategy == EarlyExit(2) else 4
+    assert found == [reference_tokens(tuple(prompt), exit_layer) for prompt in PROMPTS]
+
+
+class DraftsPoison(NamedTuple):
+    """Greedy, but that every third new token is drafted as one whose embedding is NaN."""
+
+    def choose(self, logits, index):
+        token, _ = Greedy().choose(logits, index)
+        return jnp.where(index % 3 == 1, POISON, token), None
+
+    def verify(self, *drafted):
+        return Greedy().verify(*drafted)
+
+
+POISON = 319
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 5])
+def test_a_draft_that_is_not_a_number_leaves_no_trace(varied, varied_params, drafts):
+    expected = [reference_tokens(tuple(prompt), 4) for prompt in PROMPTS]
+    assert not any(POISON in text for text in (*expected, *PROMPTS))
+    weights = decoder_weights(varied_params, jnp.float32)
+    weights |= {"embed": weights["embed"].at[POISON].set(jnp.nan)}
+    batch = PromptBatch.make(Model(varied, varied_params, NoTokenizer()), PROMPTS, NEW)
+    how = {"config": varied, "strategy": SelfSpeculative(2, drafts)}
+    inputs = jnp.int32(NEW), jnp.array([-1]), DraftsPoison()
+    shape = DecodeShape(3, batch.tokens.shape[1], 96, 64, 1)
+
+    @jax.jit
+    def run(weights):
+        state = programs._first_token(weights, batch.tokens, batch.lengths, *inputs, **how, shape=shape)
+        return programs._decode(weights, state, *inputs, **how)
+
+    state = run(weights)
+    assert state.tokens[:, :NEW].tolist() == expected
+    assert np.all(state.accepted > 0) == (drafts > 1)
+
+
 def test_stale_cache_entries_never_leak(varied, varied_params):
-    """Entries past each row's length are NaN before every round, as if every rejected draft had left poison."""
+    """Entries past each row's length are huge before every round, as if every rejected draft had left poison."""
     weights = decoder_weights(varied_params, jnp.float32)
     prompt = PROMPTS[2]
     tokens = jnp.asarray([prompt], jnp.int32)
@@ -133,7 +210,7 @@ def test_stale_cache_entries_never_leak(varied, varied_params):
     )
     while int(state.emitted[0]) < NEW:
         stale = jnp.arange(64)[None, None, :, None] >= state.length[0]
-        poisoned = jax.tree.map(lambda a, stale=stale: jnp.where(stale, jnp.nan, a), state.cache)
+        poisoned = jax.tree.map(lambda a, stale=stale: jnp.where(stale, 1e30, a), state.cache)
         # A limit one token ahead ends the loop after one round; the state then goes on.
         state = one_round(state._replace(cache=poisoned, done=jnp.array([False])), state.emitted[0] + 1)
     assert state.tokens[0, :NEW].tolist() == reference_tokens(tuple(prompt), 4)

@@ -33,9 +33,9 @@ def test_write_changes_exactly_the_rows_it_should(tokens):
 @pytest.mark.parametrize("group", [1, 3])
 def test_attend_is_softmax_over_what_each_query_sees(tokens, group):
     positions = np.array([0, 5, C - tokens], np.int32)
-    # Whatever lies past the last query of a row is never read: here it is NaN.
+    # Whatever lies past the last query of a row has no weight, however large.
     stale = np.arange(C)[None, None, :, None] >= (positions + tokens)[:, None, None, None]
-    cache = jax.tree.map(lambda a: jnp.where(stale, jnp.nan, a), filled())
+    cache = jax.tree.map(lambda a: jnp.where(stale, 1e30, a), filled())
     q = np.random.default_rng(2).normal(size=(B, tokens, K, group, H)).astype(np.float32)
     mixed = jax.jit(attend)(q, cache, positions)
     assert mixed.shape == q.shape
@@ -49,6 +49,22 @@ def test_attend_is_softmax_over_what_each_query_sees(tokens, group):
                     weights = np.exp(scores - scores.max())
                     expected = weights @ values / weights.sum()
                     np.testing.assert_allclose(mixed[b, t, k, g], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_token_that_overflowed_does_not_reach_those_before_it(poison):
+    """A wrong draft may; those before it in its block are attended to as if it were not there, and so are all later
+    blocks once its place is written anew."""
+    rng = np.random.default_rng(3)
+    k, v = (rng.normal(size=(B, 3, K, H)).astype(np.float32) for _ in range(2))
+    q = rng.normal(size=(B, 3, K, 2, H)).astype(np.float32)
+    positions = np.array([0, 5, C - 3], np.int32)
+    clean = attend(q, write(filled(), k, v, positions), positions)
+    for a in (k, v):
+        a[:, 1:] = poison
+    cache = write(filled(), k, v, positions)
+    for queries in (q, q[:, :1]):
+        np.testing.assert_allclose(attend(queries, cache, positions)[:, 0], clean[:, 0], rtol=1e-4, atol=1e-6)
 
 
 def test_bfloat16_scores_are_float32():

@@ -1,0 +1,110 @@
+"""The decoding loops as TPUs and GPUs would run them: no copy of a weight or a cache for any token."""
+
+import functools
+import re
+
+import pytest
+
+import lsjax
+from lsjax.scale import compile_only, hlo
+from lsjax.scale.ahead import compile_ahead, decode_programs
+from lsjax.scale.hardware import parse_topology
+from lsjax.scale.traffic import _written, memory_traffic
+from tests.ahead.test_compile_ahead import shallow
+
+compile_only.prepare()
+pytest.importorskip("libtpu", reason="make test-ahead installs it")
+
+# Llama-7B's width, three layers of it; sizes in bytes, bfloat16.
+L, D, F, V, C = 3, 4096, 11008, 32000, 1024
+PROMPT, NEW = 512, C - 512 - 64
+QKV, OUTPUT, GATE_UP, DOWN = 2 * 3 * D * D, 2 * D * D, 2 * 2 * D * F, 2 * F * D
+HEAD = 2 * D * V
+DRAFTING = lsjax.SelfSpeculative(exit_layer=1, num_speculations=3)
+
+# Work that leaves memory as it is, or is counted by what it runs.
+_NO_WRITE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
+
+
+def cache_array(rows: int) -> int:
+    """Keys, or values, of one layer."""
+    return 2 * rows * D * C
+
+
+def activations(rows: int, strategy) -> int:
+    """Logits, q, k and v, gate and up of all tokens of a pass, float32, a contraction split into up to four parts."""
+    tokens = rows * (1 + getattr(strategy, "num_speculations", 0))
+    return 4 * tokens * (V + 3 * D + 2 * F) * 4
+
+
+@functools.cache
+def compiled(topology: str, strategy, rows: int):
+    config = shallow(model={"num_layers": L}, mesh={"tensor": 1})
+    c = config.model
+    assert (c.width, c.num_kv_heads * c.head_width, c.feed_forward_width, c.vocab_size) == (D, D, F, V)
+    _, loop = decode_programs(config, parse_topology(topology), strategy, rows, PROMPT, NEW)
+    outcome = compile_ahead(loop)
+    return hlo.parse(outcome.text), outcome.memory
+
+
+def inside_loops(program: hlo.Program, computation: str, within: bool = False):
+    """(computation, instruction) of all that runs again and again."""
+    for instruction in program.computations[computation].values():
+        if within:
+            yield computation, instruction
+        if instruction.opcode == "while":
+            body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)[1]
+            yield from inside_loops(program, body, within=True)
+        elif instruction.opcode in ("conditional", "call", "async-start"):
+            for name in instruction.called():
+                yield from inside_loops(program, name, within)
+
+
+def written(program: hlo.Program, computation: str, instruction: hlo.Instruction) -> int:
+    """Bytes of main memory that are new: of an update in place, the part replaced. A TPU brings arrays into its fast
+    memory and back, which is no copy."""
+    operands = program.computations[computation]
+    if instruction.opcode in _NO_WRITE or instruction.opcode.endswith("-start"):
+        return 0
+    if instruction.opcode == "copy-done":
+        to, source = hlo.top_level(operands[instruction.operands[0]].shape)[:2]
+        return min(hlo.size(shape, main_memory_only=True) for shape in (to, source))
+    if instruction.opcode == "dynamic-update-slice":
+        return hlo.size(operands[instruction.operands[1]].shape, main_memory_only=True)
+    if instruction.opcode == "fusion":
+        return int(_written(program, program.computations[instruction.called()[0]], instruction.shape))
+    return hlo.size(instruction.shape, main_memory_only=True)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("strategy", [lsjax.Autoregressive(), DRAFTING], ids=lambda s: s.name)
+@pytest.mark.parametrize("topology", ["gpu:h100:1x1", "gpu:a100-80:1x1", "tpu:v5e:1x1"])
+def test_a_loop_copies_no_weight_and_no_cache(topology, strategy, rows):
+    """Nothing as large as the smallest of them is written in the loop, and no second cache is held."""
+    program, memory = compiled(topology, strategy, rows)
+    smallest = min(cache_array(rows), OUTPUT)
+    work = list(inside_loops(program, program.entry))
+    # The loop is what was looked at: it holds a matmul's result for every layer, and the caches' updates.
+    updates = [i for c, i in work if hlo.size(i.shape) >= cache_array(rows) and written(program, c, i) < smallest]
+    assert len(updates) >= 2 * L
+    large = [(i.opcode, i.shape, i.operation) for c, i in work if written(program, c, i) >= smallest]
+    assert not large
+    assert memory.alias_size_in_bytes >= 2 * L * cache_array(rows)
+    allowed = activations(rows, strategy)
+    assert allowed < smallest  # or a copy would go unseen
+    if topology.startswith("tpu"):
+        # Once a call XLA:TPU brings caches and those weights that have four or three axes into layouts of its own.
+        # qkv's three axis may be filled up to four.
+        allowed += 2 * L * cache_array(rows) + L * (QKV * 4 // 3 + GATE_UP)
+    elif strategy is DRAFTING and rows == 1:
+        # Once a call XLA:GPU brings the caches of the drafting layers into another layout.
+        allowed += 2 * strategy.exit_layer * cache_array(rows)
+    assert memory.temp_size_in_bytes < allowed
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("topology", ["gpu:h100:1x1", "gpu:a100-80:1x1"])
+def test_a_token_reads_each_weight_and_each_cache_once(topology, rows):
+    program, _ = compiled(topology, lsjax.Autoregressive(), rows)
+    once = L * (QKV + OUTPUT + GATE_UP + DOWN + 2 * cache_array(rows)) + HEAD
+    assert once < memory_traffic(program) < 1.03 * once
