@@ -92,9 +92,6 @@ def short_of_the_best(logits, tokens) -> np.ndarray:
     return logits.max(axis=-1) - np.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
 
 
-
-
-
 @pytest.mark.parametrize(("exit_layer", "drafts"), [(1, 3), (2, 8)])
 def test_self_speculation_departs_from_autoregressive_only_at_ties(
     weights, prompts, autoregressive, margin, exit_layer, drafts

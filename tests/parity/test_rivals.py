@@ -6,6 +6,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import lsjax
+from lsjax.decoding.batch import PromptBatch
 from lsjax.decoding.benchmark import benchmark
 from lsjax.decoding.rivals import TransformersModel, TransformersTrial, ways
 from tests.parity.llamas import make_llama
