@@ -2,7 +2,9 @@
 
 from lsjax.config import Config, ModelConfig, default_config
 from lsjax.decoding.generate import GenerateResult, generate
+from lsjax.decoding.settings import Tuning
 from lsjax.decoding.strategies import Autoregressive, EarlyExit, Sampling, SelfSpeculative
+from lsjax.decoding.tuning import tune
 from lsjax.errors import UserError
 from lsjax.layerskip.dropout import layer_dropout_rates
 from lsjax.layerskip.exits import exit_curriculum, exit_weights
@@ -19,6 +21,7 @@ __all__ = [
     "ModelConfig",
     "Sampling",
     "SelfSpeculative",
+    "Tuning",
     "UserError",
     "default_config",
     "exit_curriculum",
@@ -30,4 +33,5 @@ __all__ = [
     "load",
     "read_model_config",
     "train",
+    "tune",
 ]

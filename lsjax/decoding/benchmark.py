@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from lsjax.decoding.generate import DecodeProgram, GenerateResult, PromptBatch
+from lsjax.decoding.settings import Tuning
 from lsjax.decoding.strategies import Autoregressive, Sampling, Strategy
 from lsjax.errors import UserError
 from lsjax.loading import Model
@@ -24,18 +25,19 @@ def benchmark(
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     seed: int = 0,
     note: Callable[[str], None] = lambda _: None,
+    tuning: Tuning | None = None,
 ) -> dict[str, Any]:
     """Runs every strategy on every prompt `repeats` times; returns the report of launch/decode.py as a dict.
 
     Autoregressive decoding always runs too: it is what `speedup` and `matches_autoregressive` compare with (None when
     sampling: the distribution is the same, not the tokens).
     Prompts go in groups of batch_size; a last group that is not full is filled up from the first prompts.
+    `tuning`: its predictions stand beside what is measured.
     """
-    if batch_size < 1 or repeats < 1:
-        raise UserError(f"batch_size ({batch_size}) and repeats ({repeats}) must be at least 1")
+    if repeats < 1:
+        raise UserError(f"repeats must be at least 1, got {repeats}")
     strategies = [Autoregressive(), *(s for s in strategies if s != Autoregressive())]
-    groups = [_group(prompts, start, batch_size) for start in range(0, len(prompts), batch_size)]
-    batches = [PromptBatch.make(model, group, max_new_tokens, sampling, seed) for group in groups]
+    batches = prompt_batches(model, prompts, max_new_tokens, batch_size, sampling, seed)
     trials = [_Trial(model, strategy, batches) for strategy in strategies]
     for index, trial in enumerate(trials, 1):
         note(f"compiling {index}/{len(trials)}: {trial.label}")
@@ -54,7 +56,33 @@ def benchmark(
         "sampling": dataclasses.asdict(sampling) | {"seed": seed},
         "prompts": len(prompts),
         "repeats": repeats,
-        "runs": [trial.summary(trials[0], greedy=sampling.temperature == 0) for trial in trials],
+        "runs": [
+            trial.summary(trials[0], greedy=sampling.temperature == 0) | _predicted(trial.strategy, tuning)
+            for trial in trials
+        ],
+    }
+
+
+def prompt_batches(
+    model: Model,
+    prompts: Sequence[str | Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    seed: int = 0,
+) -> list[PromptBatch]:
+    """The prompts in groups of batch_size, the last one filled up from the first prompts."""
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    groups = [_group(prompts, start, batch_size) for start in range(0, len(prompts), batch_size)]
+    return [PromptBatch.make(model, group, max_new_tokens, sampling, seed) for group in groups]
+
+
+def _predicted(strategy: Strategy, tuning: Tuning | None) -> dict[str, float | None]:
+    setting = tuning.at(strategy) if tuning else None
+    return {
+        "predicted_speedup": setting.speedup if setting else None,
+        "predicted_tokens_per_round": setting.tokens_per_round if setting else None,
     }
 
 

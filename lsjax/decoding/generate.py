@@ -16,6 +16,7 @@ from lsjax.decoding.loops import Decoding
 from lsjax.decoding.passes import Weights
 from lsjax.decoding.programs import DecodeShape, lower_decoding
 from lsjax.decoding.rules import Greedy, Rule, Sampled
+from lsjax.decoding.settings import settle
 from lsjax.decoding.strategies import (
     Autoregressive,
     Sampling,
@@ -53,8 +54,13 @@ def generate(
     A row's result does not depend on the others: what is drawn depends on the seed, the prompt, and how many equal
     prompts stand before it (so that n copies give n samples). Generation ends at the tokenizer's stop token or after
     max_new_tokens. Raises UserError on an empty or too long prompt, a token, an exit layer or a setting out of range.
+
+    SelfSpeculative("auto", "auto") measures first which setting suits these prompts, each time: seconds that pay for
+    long texts (for many calls, `tune` once). Where none is predicted to be faster, decoding is autoregressive; `stats`
+    say what it was.
     """
     batch = PromptBatch.make(model, prompts, max_new_tokens, sampling, seed)
+    strategy = settle(strategy, model, batch, DecodeProgram)
     program = DecodeProgram(model.config, strategy, batch)
     program.compile(model.decoder_weights)
     return program.run(model, batch)
