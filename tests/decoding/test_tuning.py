@@ -90,7 +90,7 @@ def test_the_choice_is_the_best_by_brute_force():
     random = np.random.default_rng(1)
     kept = random.uniform(size=(6, 2, 40)) < np.linspace(0.4, 0.98, 6)[:, None, None]
     texts = [Text(kept[:, :1] * 1.0, np.array([40])), Text(kept * 1.0, np.array([17, 30]))]
-    time = lambda e, d: 14 + 0.7 * d + 0.5 * d * e  # noqa: E731 (milliseconds; bilinear)
+    time = lambda e, d: 12 + 0.3 * d + 1.2 * d * e  # noqa: E731 (milliseconds; bilinear)
     corners = {(e, d): time(e, d) for e in (1, 5) for d in (1, 9)}
     table = predict(texts, 14.0, corners, range(1, 6), range(1, 10))
 
@@ -132,11 +132,12 @@ def test_times_between_the_measured_ones_lie_on_lines():
 
 
 def test_tokens_a_round_are_predicted_exactly_and_stand_in_the_report(model):
-    tuning = tune(model, PROMPTS, NEW, SelfSpeculative(3, "auto"), batch_size=2)
-    assert tuning.strategy.exit_layer == 3
-    assert [setting[:2] for setting in tuning.table] == [(3, d) for d in range(1, 13)]
-    strategies = [EarlyExit(3), *{tuning.strategy, SelfSpeculative(3, 5)}]
-    report = benchmark(model, PROMPTS, strategies, max_new_tokens=NEW, batch_size=2, repeats=1, tuning=tuning)
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[2][::-1], PROMPTS[0][::-1]]  # of one length to a program
+    tuning = tune(model, prompts, NEW, SelfSpeculative("auto", 3), batch_size=2)
+    assert tuning.strategy.num_speculations == 3
+    assert [setting[:2] for setting in tuning.table] == [(1, 3), (2, 3), (3, 3)]
+    strategies = [EarlyExit(3), *{tuning.strategy, SelfSpeculative(3, 3)}]
+    report = benchmark(model, prompts, strategies, max_new_tokens=NEW, batch_size=2, repeats=1, tuning=tuning)
     plain, early, *tuned = report["runs"]
     assert tuned
     for run in tuned:
