@@ -9,6 +9,11 @@ On text that the run held out, or on a prompt of yours:
   python launch/decode.py --model=runs/demo --compare=transformers
   python launch/decode.py --model=runs/demo --prompt="def main():" --stop="class " --stop=$'\n\n'
 
+The best setting, predicted from one decoding of the prompts and a few timings, or found by measuring a grid:
+
+  python launch/decode.py --model=runs/demo --exit_layer=auto --num_speculations=auto
+  python launch/decode.py --model=runs/demo --sweep=runs/demo/sweep
+
 Times never include compilation, repeats of the strategies are interleaved, and speeds are medians over the
 prompts. `speed-up` is against this run's own autoregressive decoding of the same prompts, and "same tokens" says
 whether the tokens are exactly its tokens: always so for greedy self_speculative in float32.
@@ -31,8 +36,13 @@ CHAT = flags.DEFINE_bool("chat", False, "Put each prompt into the model's chat t
 NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 8, "Held-out prompts to take when none are given.", lower_bound=1)
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 64, "Length of the held-out prompts.", lower_bound=1)
 STRATEGIES = flags.DEFINE_list("strategies", ",".join(NAMES), f"Which of {', '.join(NAMES)} to run.")
-EXIT_LAYER = flags.DEFINE_integer("exit_layer", None, "E: layers that draft (default: a quarter of the layers).")
-NUM_SPECULATIONS = flags.DEFINE_integer("num_speculations", 4, "d: tokens drafted a round.")
+EXIT_LAYER = commands.define_number_or_auto(
+    "exit_layer", None, "E: layers that draft (default: a quarter of them), or auto: those predicted to be fastest."
+)
+NUM_SPECULATIONS = commands.define_number_or_auto("num_speculations", 4, "d: tokens drafted a round, or auto.")
+SWEEP = flags.DEFINE_string("sweep", None, "Measure a grid of settings; leave sweep.csv and sweep.png in this folder.")
+SWEEP_EXIT_LAYERS = flags.DEFINE_list("sweep_exit_layers", None, "Exit layers of the grid (default: four up to L/2).")
+SWEEP_NUM_SPECULATIONS = flags.DEFINE_list("sweep_num_speculations", "1,2,3,4,6,8", "Draft lengths of the grid.")
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over (tensor parallelism).")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Prompts decoded together.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate for each prompt.")
@@ -49,33 +59,74 @@ REPORT = flags.DEFINE_string("report", None, "Write the results to this JSON fil
 
 
 def main() -> None:
-    from lsjax.decoding.benchmark import benchmark
-    from lsjax.evaluation.tables import decoding_table, print_table
     from lsjax.files import check_writable, write_atomically
     from lsjax.loading import load
 
     if REPORT.value:
         check_writable(Path(REPORT.value), "--report")
     model = load(MODEL.value, tensor=TENSOR.value)
-    report = benchmark(
-        model,
-        _prompts(model),
-        _strategies(model.config.num_layers, STRATEGIES.value),
-        max_new_tokens=MAX_NEW_TOKENS.value,
-        batch_size=BATCH_SIZE.value,
-        repeats=REPEATS.value,
-        sampling=_sampling(),
-        seed=SEED.value,
-        rivals=_rivals(model),
-        stop=STOP.value,
-        note=print,
-    )
-    print_table(decoding_table(report))
-    if PROMPT.value:
-        _print_texts(model)
+    report = _sweep(model) if SWEEP.value else _compare(model)
     if REPORT.value:
         write_atomically(Path(REPORT.value), json.dumps(report, indent=2))
         print(f"report: {REPORT.value}")
+
+
+def _compare(model) -> dict:
+    from lsjax.decoding.benchmark import benchmark
+    from lsjax.evaluation.tables import decoding_table, print_table
+
+    prompts, common = _prompts(model), _settings()
+    tuning = _tuning(model, prompts)
+    strategies = _strategies(model.config.num_layers, tuning, STRATEGIES.value)
+    beside = {"tuning": tuning, "rivals": _rivals(model, tuning), "stop": STOP.value}
+    report = benchmark(model, prompts, strategies, repeats=REPEATS.value, **beside, **common)
+    print_table(decoding_table(report))
+    if tuning:
+        print(tuning)
+    if PROMPT.value:
+        _print_texts(model, strategies)
+    return report
+
+
+def _sweep(model) -> dict:
+    from lsjax.evaluation.tables import decoding_table, print_table
+    from lsjax.sweep import Grid, default_exit_layers, summary, sweep
+
+    if EXIT_LAYER.present or NUM_SPECULATIONS.present or STRATEGIES.present:
+        raise UserError("--sweep takes --sweep_exit_layers and --sweep_num_speculations, not a single setting")
+    if STOP.value or COMPARE.value:
+        raise UserError("--sweep measures full lengths of our own settings: leave --stop and --compare away")
+    given = SWEEP_EXIT_LAYERS.value
+    exits = commands.integers(SWEEP_EXIT_LAYERS) if given else default_exit_layers(model.config.num_layers)
+    grid = Grid(exits, commands.integers(SWEEP_NUM_SPECULATIONS))
+    report = sweep(model, _prompts(model), grid, SWEEP.value, repeats=REPEATS.value, **_settings())
+    print_table(decoding_table(report))
+    print(summary(report))
+    print(f"table: {SWEEP.value}/sweep.csv   picture: {SWEEP.value}/sweep.png")
+    return report
+
+
+def _settings() -> dict:
+    return {
+        "max_new_tokens": MAX_NEW_TOKENS.value,
+        "batch_size": BATCH_SIZE.value,
+        "sampling": _sampling(),
+        "seed": SEED.value,
+        "note": print,
+    }
+
+
+def _tuning(model, prompts):
+    """What to put for "auto"; None when nothing is."""
+    from lsjax.decoding.strategies import AUTO, SelfSpeculative
+    from lsjax.decoding.tuning import tune
+
+    if AUTO not in (EXIT_LAYER.value, NUM_SPECULATIONS.value):
+        return None
+    if "self_speculative" not in STRATEGIES.value:
+        raise UserError("auto is a choice for self_speculative: put it into --strategies, or give a number")
+    strategy = SelfSpeculative(_exit_layer(model.config.num_layers), NUM_SPECULATIONS.value)
+    return tune(model, prompts, strategy=strategy, **_settings())
 
 
 def _prompts(model) -> list:
@@ -95,14 +146,18 @@ def _in_template(model, text: str) -> list[int]:
     return model.tokenizer.encode_chat([{"role": "user", "content": text}])
 
 
-def _strategies(num_layers: int, names: Sequence[str]) -> list:
+def _exit_layer(num_layers: int) -> int | str:
+    return EXIT_LAYER.value if EXIT_LAYER.value is not None else max(1, num_layers // 4)
+
+
+def _strategies(num_layers: int, tuning, names: Sequence[str]) -> list:
     from lsjax.decoding.strategies import Autoregressive, EarlyExit, SelfSpeculative
 
-    exit_layer = EXIT_LAYER.value if EXIT_LAYER.value is not None else max(1, num_layers // 4)
+    drafting = tuning.strategy if tuning else SelfSpeculative(_exit_layer(num_layers), NUM_SPECULATIONS.value)
     makers = {
         "autoregressive": lambda: Autoregressive(),
-        "early_exit": lambda: EarlyExit(exit_layer),
-        "self_speculative": lambda: SelfSpeculative(exit_layer, NUM_SPECULATIONS.value),
+        "early_exit": lambda: EarlyExit(drafting.exit_layer),
+        "self_speculative": lambda: drafting,
     }
     unknown = [name for name in names if name not in makers]
     if unknown or not names:
@@ -110,7 +165,7 @@ def _strategies(num_layers: int, names: Sequence[str]) -> list:
     return [makers[name]() for name in names]
 
 
-def _rivals(model):
+def _rivals(model, tuning):
     """What to measure beside our own strategies."""
     if not COMPARE.value:
         return lambda _: []
@@ -120,7 +175,7 @@ def _rivals(model):
         raise UserError("--compare knows no --stop: give one or the other")
     from lsjax.decoding.rivals import TransformersModel, TransformersTrial, ways
 
-    (speculative,) = _strategies(model.config.num_layers, ["self_speculative"])
+    (speculative,) = _strategies(model.config.num_layers, tuning, ["self_speculative"])
     known = ways(speculative.exit_layer, speculative.num_speculations, BATCH_SIZE.value)
     theirs = TransformersModel(model)
     return lambda batches: [TransformersTrial(theirs, way, batches) for way in known]
@@ -132,11 +187,11 @@ def _sampling():
     return Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
 
 
-def _print_texts(model) -> None:
+def _print_texts(model, strategies: list) -> None:
     from lsjax.decoding.generate import generate
 
     gap = "\n" if CHAT.value else ""
-    for strategy in _strategies(model.config.num_layers, STRATEGIES.value):
+    for strategy in strategies:
         how = (strategy, _sampling(), SEED.value, STOP.value)
         text = generate(model, _prompts(model), MAX_NEW_TOKENS.value, *how).text[0]
         print(f"\n--- {strategy.name}\n{PROMPT.value}{gap}{text}")

@@ -2,7 +2,9 @@
 
 from lsjax.config import Config, ModelConfig, default_config
 from lsjax.decoding.generate import GenerateResult, Piece, generate, stream
+from lsjax.decoding.settings import Tuning
 from lsjax.decoding.strategies import Autoregressive, EarlyExit, Sampling, SelfSpeculative
+from lsjax.decoding.tuning import tune
 from lsjax.errors import UserError
 from lsjax.layerskip.dropout import layer_dropout_rates
 from lsjax.layerskip.exits import exit_curriculum, exit_weights
@@ -20,6 +22,7 @@ __all__ = [
     "Piece",
     "Sampling",
     "SelfSpeculative",
+    "Tuning",
     "UserError",
     "default_config",
     "exit_curriculum",
@@ -32,4 +35,5 @@ __all__ = [
     "read_model_config",
     "stream",
     "train",
+    "tune",
 ]

@@ -97,3 +97,20 @@ def integers(flag: flags.FlagHolder) -> tuple[int, ...]:
         return tuple(int(value) for value in flag.value)
     except ValueError:
         raise UserError(f"--{flag.name} wants numbers separated by commas, got {','.join(flag.value)!r}") from None
+
+
+class _NumberOrAuto(flags.ArgumentParser):
+    syntactic_help = 'a number, or "auto"'
+
+    def parse(self, argument: str | int) -> str | int:
+        try:
+            return "auto" if argument == "auto" else int(argument)
+        except ValueError:
+            raise ValueError(f"{argument!r} is neither a number nor auto") from None
+
+    def flag_type(self) -> str:
+        return "number or auto"
+
+
+def define_number_or_auto(name: str, default: int | None, help: str) -> flags.FlagHolder:
+    return flags.DEFINE(_NumberOrAuto(), name, default, help)

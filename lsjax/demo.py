@@ -7,13 +7,15 @@ from typing import Any
 
 from lsjax.config import Config
 from lsjax.decoding.benchmark import benchmark
-from lsjax.decoding.strategies import EarlyExit, SelfSpeculative, Strategy, check_strategy
+from lsjax.decoding.strategies import EarlyExit, Strategy
 from lsjax.errors import UserError
 from lsjax.evaluation.figures import draw_run
 from lsjax.evaluation.tables import decoding_table, exit_table, print_table
 from lsjax.files import write_atomically
 from lsjax.loading import load
 from lsjax.prompts import held_out_prompts
+from lsjax.sweep import Grid as Settings
+from lsjax.sweep import summary
 from lsjax.training.loop import train
 
 _EXPLANATION = """\
@@ -22,11 +24,9 @@ of them, so a low loss early on, and agreement with the last layer, mean that th
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
-    """What the demo measures: every exit layer with every draft length, on held-out prompts."""
+class Grid(Settings):
+    """What the demo measures: every exit layer alone and with every draft length, on held-out prompts."""
 
-    exit_layers: tuple[int, ...]
-    num_speculations: tuple[int, ...]
     prompts: int = 8
     prompt_tokens: int = 64
     max_new_tokens: int = 64
@@ -34,17 +34,13 @@ class Grid:
 
     def check(self, config: Config) -> None:
         """Raises UserError before minutes of training would be spent on a grid that cannot be measured."""
-        if not self.exit_layers or not self.num_speculations:
-            raise UserError("the demo needs at least one exit layer and one number of speculations")
-        for strategy in self.strategies():
-            check_strategy(strategy, config.model.num_layers)
+        self.check_settings(config.model.num_layers)
         needed = min(self.prompt_tokens, config.training.sequence_length) + self.max_new_tokens
         if needed > config.model.context_length:
             raise UserError(f"the demo decodes {needed} tokens; config.model.context_length is less")
 
     def strategies(self) -> list[Strategy]:
-        pairs = ((e, d) for e in self.exit_layers for d in self.num_speculations)
-        return [*(EarlyExit(e) for e in self.exit_layers), *(SelfSpeculative(e, d) for e, d in pairs)]
+        return [*(EarlyExit(e) for e in self.exit_layers), *super().strategies()]
 
 
 def run_demo(config: Config, workdir: str | Path, grid: Grid) -> dict[str, Any]:
@@ -72,17 +68,3 @@ def run_demo(config: Config, workdir: str | Path, grid: Grid) -> dict[str, Any]:
     print(summary(report))
     print(f"picture: {workdir / 'demo.png'}   report: {workdir / 'report.json'}")
     return report
-
-
-def summary(report: dict[str, Any]) -> str:
-    """One sentence: the best self-speculative setting, and whether its tokens are the full model's."""
-    runs = [run for run in report["runs"] if run["strategy"] == "self_speculative"]
-    best = max(runs, key=lambda run: run["speedup"] or 0.0)
-    if best["speedup"] is None:
-        return "every text ended with its first token: there is no speed to compare"
-    same = "all settings gave" if all(run["matches_autoregressive"] for run in runs) else "NOT all settings gave"
-    return (
-        f"self-speculation is fastest with exit layer {best['exit_layer']} and {best['num_speculations']} drafts: "
-        f"{best['speedup']:.2f} times autoregressive, {best['acceptance_rate']:.0%} of drafts accepted; "
-        f"{same} autoregressive's exact tokens"
-    )

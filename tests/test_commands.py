@@ -1,5 +1,6 @@
 """The commands as a user runs them: real processes, one clear line and exit status 2 on bad input."""
 
+import csv
 import importlib.util
 import json
 import subprocess
@@ -96,6 +97,18 @@ BAD_DECODING = {
     "prompts without a prompt": (["--model={run}", "--prompts={tmp}/null.jsonl"], "must be a non-empty text"),
     "an empty stop": (["--model={run}", "--prompt=x", "--stop=y", "--stop="], "stop must be non-empty texts"),
     "not a number": (["--model={run}", "--exit_layer=two"], "--exit_layer"),
+    "auto of nothing": (
+        ["--model={run}", "--strategies=early_exit", "--exit_layer=auto"],
+        "choice for self_speculative",
+    ),
+    "auto beside a bad number": (["--model={run}", "--exit_layer=5", "--num_speculations=auto"], "exit_layer 5 is out"),
+    "sweep of a setting": (["--model={run}", "--sweep={tmp}/s", "--exit_layer=1"], "--sweep_exit_layers"),
+    "sweep of words": (
+        ["--model={run}", "--sweep={tmp}/s", "--sweep_num_speculations=1,x"],
+        "--sweep_num_speculations",
+    ),
+    "sweep out of range": (["--model={run}", "--sweep={tmp}/s", "--sweep_exit_layers=2,9"], "exit_layer 9 is out"),
+    "sweep nowhere": (["--model={run}", "--sweep=/proc/nope"], "cannot write --sweep folder"),
 }
 
 
@@ -107,6 +120,7 @@ def test_bad_decoding_input(name, tmp_path, workdir):
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
+    assert not (tmp_path / "s").exists()
 
 
 def test_decode_prints_a_table_and_writes_the_report(workdir, tmp_path):
@@ -140,6 +154,36 @@ def test_decode_prints_the_continuation_of_a_prompt(workdir):
     before = autoregressive[: autoregressive.index(stop)]
     result = run("decode.py", f"--model={workdir}", "--prompt=def main():", "--max_new_tokens=8", f"--stop={stop}")
     assert f"--- autoregressive\ndef main():{before}\n\n--- early_exit" in result.stdout, result.stderr
+
+
+def test_decode_chooses_its_setting(workdir, tmp_path):
+    path = tmp_path / "report.json"
+    result = run(
+        "decode.py", f"--model={workdir}", "--exit_layer=auto", "--num_speculations=2", "--prompt_tokens=8",
+        "--max_new_tokens=16", "--num_prompts=2", "--repeats=1", f"--report={path}", "--strategies=self_speculative",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    chosen = json.loads(path.read_text())["runs"][1]
+    assert chosen["exit_layer"] in (1, 2, 3)
+    assert chosen["predicted_tokens_per_round"] == pytest.approx(chosen["tokens_per_round"])
+    assert f"{chosen['predicted_speedup']:.2f} times autoregressive" in result.stdout
+    assert "predicted" in result.stdout.split("tokens/round")[1].splitlines()[0]
+
+
+def test_decode_sweeps_a_grid(workdir, tmp_path):
+    result = run(
+        "decode.py", f"--model={workdir}", f"--sweep={tmp_path}/s", "--sweep_exit_layers=3,1",
+        "--sweep_num_speculations=2", "--prompt_tokens=8", "--max_new_tokens=16", "--num_prompts=2", "--repeats=1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "self-speculation is fastest with" in result.stdout
+    rows = list(csv.DictReader((tmp_path / "s" / "sweep.csv").open()))
+    assert [(row["exit_layer"], row["num_speculations"]) for row in rows] == [("1", "2"), ("3", "2")]
+    for row in rows:
+        assert float(row["speedup"]) > 0
+        assert float(row["predicted_speedup"]) > 0
+        assert float(row["tokens_per_round"]) == pytest.approx(float(row["predicted_tokens_per_round"]))
+    assert (tmp_path / "s" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_train_runs_and_resumes(text_folder, tmp_path):

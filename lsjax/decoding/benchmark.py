@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 
-from lsjax.decoding.generate import DecodeProgram, GenerateResult, PromptBatch, rates_by_position
+from lsjax.decoding.batch import PromptBatch
+from lsjax.decoding.generate import DecodeProgram, GenerateResult, rates_by_position
+from lsjax.decoding.settings import Tuning
 from lsjax.decoding.strategies import Autoregressive, Sampling, Strategy
 from lsjax.errors import UserError
 from lsjax.loading import Model
@@ -26,6 +28,7 @@ def benchmark(
     rivals: Callable[[list[PromptBatch]], list["Trial"]] = lambda _: [],
     stop: str | Sequence[str] = (),
     note: Callable[[str], None] = lambda _: None,
+    tuning: Tuning | None = None,
 ) -> dict[str, Any]:
     """Runs every strategy on every prompt `repeats` times; returns the report of launch/decode.py as a dict.
 
@@ -33,13 +36,13 @@ def benchmark(
     sampling: the distribution is the same, not the tokens).
     `stop`: texts that end a row, as in `generate`; the look for them after every round is inside the times.
     Prompts go in groups of batch_size; a last group that is not full is filled up from the first prompts. `rivals`:
-    other decoders of the same prompts, measured in the same rounds.
+    other decoders of the same prompts, measured in the same rounds. `tuning`: its predictions stand beside what is
+    measured.
     """
-    if batch_size < 1 or repeats < 1:
-        raise UserError(f"batch_size ({batch_size}) and repeats ({repeats}) must be at least 1")
+    if repeats < 1:
+        raise UserError(f"repeats must be at least 1, got {repeats}")
     strategies = [Autoregressive(), *(s for s in strategies if s != Autoregressive())]
-    groups = [_group(prompts, start, batch_size) for start in range(0, len(prompts), batch_size)]
-    batches = [PromptBatch.make(model, group, max_new_tokens, sampling, seed, stop) for group in groups]
+    batches = prompt_batches(model, prompts, max_new_tokens, batch_size, sampling, seed, stop)
     trials = [*(Trial(model, strategy, batches) for strategy in strategies), *rivals(batches)]
     for index, trial in enumerate(trials, 1):
         note(f"compiling {index}/{len(trials)}: {trial.label}")
@@ -59,7 +62,34 @@ def benchmark(
         "stop": list(batches[0].stop_texts),
         "prompts": len(prompts),
         "repeats": repeats,
-        "runs": [trial.summary(trials[0], greedy=sampling.temperature == 0) for trial in trials],
+        "runs": [
+            trial.summary(trials[0], greedy=sampling.temperature == 0) | _predicted(trial.strategy, tuning)
+            for trial in trials
+        ],
+    }
+
+
+def prompt_batches(
+    model: Model,
+    prompts: Sequence[str | Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+) -> list[PromptBatch]:
+    """The prompts in groups of batch_size, the last one filled up from the first prompts."""
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    groups = [_group(prompts, start, batch_size) for start in range(0, len(prompts), batch_size)]
+    return [PromptBatch.make(model, group, max_new_tokens, sampling, seed, stop) for group in groups]
+
+
+def _predicted(strategy: Strategy, tuning: Tuning | None) -> dict[str, float | None]:
+    setting = tuning.at(strategy) if tuning else None
+    return {
+        "predicted_speedup": setting.speedup if setting else None,
+        "predicted_tokens_per_round": setting.tokens_per_round if setting else None,
     }
 
 

@@ -15,6 +15,7 @@ from lsjax.decoding.passes import Weights
 from lsjax.decoding.programs import DecodeShape, lower_decoding
 from lsjax.decoding.rules import Rule
 from lsjax.decoding.running import Running
+from lsjax.decoding.settings import settle
 from lsjax.decoding.stops import final_text, text_so_far
 from lsjax.decoding.strategies import Autoregressive, Sampling, Strategy, check_strategy, lookahead
 from lsjax.loading import Model
@@ -47,8 +48,11 @@ def generate(
     prompts stand before it (so that n copies give n samples). A row ends with the tokenizer's stop token or one of
     `stop_tokens`; with the token that completes one of the texts in `stop`, its own text just before that; or after
     max_new_tokens: its stats say `finish_reason` "stop" or "length". Stop texts are looked for after every round, each
-    then a call of the device. Raises UserError on an empty or too long prompt, a token, an exit layer or a setting out
-    of range.
+    then a call of the device.
+
+    SelfSpeculative("auto", "auto") measures first which setting suits these prompts, each time: seconds that pay for
+    long texts (for many calls, `tune` once). Where none is predicted to be faster, decoding is autoregressive; `stats`
+    say what it was. Raises UserError on an empty or too long prompt, a token, an exit layer or a setting out of range.
     """
     batch = PromptBatch.make(model, prompts, max_new_tokens, sampling, seed, stop, stop_tokens)
     return _compiled_program(model, strategy, batch).run(model, batch)
@@ -113,7 +117,7 @@ def _pieces(model: Model, batch: PromptBatch, running: Running) -> Iterator[Piec
 
 
 def _compiled_program(model: Model, strategy: Strategy, batch: PromptBatch) -> "DecodeProgram":
-    program = DecodeProgram(model.config, strategy, batch)
+    program = DecodeProgram(model.config, settle(strategy, model, batch, DecodeProgram), batch)
     program.compile(model.decoder_weights)
     return program
 

@@ -26,6 +26,9 @@ class Rule(Protocol):
         """drafts [B,d], drawn_by [B,d,V], the full model's logits [B,d+1,V] -> (block [B,d+1], accepted [B]): the
         first accepted + 1 tokens of a row's block are its next ones."""
 
+    def acceptance(self, draft_logits: jax.Array, logits: jax.Array) -> jax.Array:
+        """The chance that a draft by one [...,V] is kept by the other: float32 [...]."""
+
 
 class Greedy(NamedTuple):
     """The likeliest token; ties go to the smallest id."""
@@ -37,6 +40,9 @@ class Greedy(NamedTuple):
         # Accept the longest prefix on which draft and verifier agree, plus the verifier's own next token.
         verified = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return verified, leading(drafts == verified[:, :-1])
+
+    def acceptance(self, draft_logits, logits):
+        return (jnp.argmax(draft_logits, axis=-1) == jnp.argmax(logits, axis=-1)).astype(jnp.float32)
 
 
 class Sampled(NamedTuple):
@@ -66,6 +72,12 @@ class Sampled(NamedTuple):
         places = jnp.arange(drafted + 1)
         padded = jnp.pad(drafts, ((0, 0), (0, 1)))
         return jnp.where(places < accepted[:, None], padded, replacement[:, None]), accepted
+
+    def acceptance(self, draft_logits, logits):
+        # A draft x, of chance q(x), is kept with min(1, p(x)/q(x)).
+        filters = self.temperature, self.top_k, self.top_p
+        q, p = (jnp.exp(filtered_log_probabilities(a, *filters)) for a in (draft_logits, logits))
+        return jnp.sum(jnp.minimum(p, q), axis=-1)
 
     def _draw(self, log_p, index, purpose: int) -> jax.Array:
         draw = lambda key, i, row: jax.random.categorical(_key(key, i, purpose), row)  # noqa: E731

@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import numbers
+from typing import Literal
 
 from lsjax.errors import UserError
 
 MAX_SPECULATIONS = 64
+AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +28,13 @@ class EarlyExit:
 
 @dataclasses.dataclass(frozen=True)
 class SelfSpeculative:
-    """The first `exit_layer` layers draft `num_speculations` tokens, the rest verify them in one pass."""
+    """The first `exit_layer` layers draft `num_speculations` tokens, the rest verify them in one pass.
 
-    exit_layer: int
-    num_speculations: int
+    "auto", for either or both, leaves the choice to what is measured on the prompts at hand (lsjax/decoding/tuning.py).
+    """
+
+    exit_layer: int | Literal["auto"]
+    num_speculations: int | Literal["auto"]
     name = "self_speculative"
 
 
@@ -46,13 +52,22 @@ Strategy = Autoregressive | EarlyExit | SelfSpeculative
 
 
 def check_strategy(strategy: Strategy, num_layers: int) -> None:
-    """Raises UserError when the exit layer or the draft length is out of range."""
+    """Raises UserError when the exit layer or the draft length is no number, or out of range."""
+    for key in ("exit_layer", "num_speculations"):
+        value = getattr(strategy, key, 1)
+        if not isinstance(value, numbers.Integral):
+            raise UserError(f'{key} must be a number, or "auto" for self-speculation that is tuned, got {value!r}')
     exit_layer = getattr(strategy, "exit_layer", num_layers)
     if not 1 <= exit_layer <= num_layers:
         raise UserError(f"exit_layer {exit_layer} is out of range: this model has layers 1..{num_layers}")
     drafted = getattr(strategy, "num_speculations", 1)
     if not 1 <= drafted <= MAX_SPECULATIONS:
         raise UserError(f"num_speculations {drafted} is out of range 1..{MAX_SPECULATIONS}")
+
+
+def is_auto(strategy: Strategy) -> bool:
+    """Whether something of it is still to be chosen."""
+    return isinstance(strategy, SelfSpeculative) and AUTO in (strategy.exit_layer, strategy.num_speculations)
 
 
 def check_sampling(sampling: Sampling) -> None:

@@ -38,6 +38,16 @@ def draw_comparison(path: Path, profiles: dict[str, ExitProfile]) -> None:
     _save(figure, path)
 
 
+def draw_sweep(path: Path, report: dict[str, Any], title: str) -> None:
+    """Writes a PNG: speed-up by setting, as measured and as predicted, the best of each outlined."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure.suptitle(title)
+    runs = [run for run in report["runs"] if run["strategy"] == "self_speculative"]
+    _draw_grid(left, runs, "speedup", "Speed-up over autoregressive, measured", "{:.2f}")
+    _draw_grid(right, runs, "predicted_speedup", "The same, predicted", "{:.2f}")
+    _save(figure, path)
+
+
 def _save(figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
@@ -65,7 +75,11 @@ def _draw_grid(axes, runs: list[dict[str, Any]], key: str, title: str, spec: str
             np.nan if run[key] is None else run[key]
         )
     axes.imshow(grid, cmap="viridis", aspect="auto")
-    middle = np.nanmean(grid) if runs else 0.0
+    measured = np.isfinite(grid).any()
+    middle = np.nanmean(grid) if measured else 0.0
+    if measured:
+        row, column = np.unravel_index(np.nanargmax(grid), grid.shape)
+        axes.add_patch(plt.Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, fill=False, edgecolor="red", linewidth=3))
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):
             color = "white" if value < middle else "black"

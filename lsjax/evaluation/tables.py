@@ -32,11 +32,12 @@ def comparison_table(profiles: dict[str, ExitProfile]) -> Table:
 
 
 def decoding_table(report: dict[str, Any]) -> Table:
-    """A row a run of a decoding report."""
+    """A row a run of a decoding report. Where a speed-up was predicted, it stands beside the one that came out."""
+    predicted = any(run["predicted_speedup"] is not None for run in report["runs"])
     table = Table(title=f"Decoding on {report['device']}", title_justify="left")
     for name in ("strategy", "exit", "drafts", "batch", "tokens/s", "ms/token", "first token ms", "accepted"):
         table.add_column(name, justify="left" if name == "strategy" else "right")
-    for name in ("tokens/round", "speed-up", "same tokens"):
+    for name in ("tokens/round", "speed-up", *(["predicted"] if predicted else []), "same tokens"):
         table.add_column(name, justify="right")
     for run in report["runs"]:
         table.add_row(
@@ -50,6 +51,7 @@ def decoding_table(report: dict[str, Any]) -> Table:
             _text(run["acceptance_rate"], ".0%"),
             _text(run["tokens_per_round"], ".2f"),
             _text(run["speedup"], ".2f"),
+            *([_text(run["predicted_speedup"], ".2f")] if predicted else []),
             {True: "yes", False: "no", None: "-"}[run["matches_autoregressive"]],
         )
     return table

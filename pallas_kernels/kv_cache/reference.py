@@ -29,7 +29,7 @@ def init_layer_cache(batch: int, num_kv_heads: int, capacity: int, head_width: i
 
 
 def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> LayerCache:
-    """Puts k, v [B, T, K, H] at positions[b] .. positions[b] + T - 1 of each row b; values that are not finite, as 0."""
+    """Puts k, v [B, T, K, H] at positions[b] .. positions[b] + T - 1 of row b; a value that is not finite, as 0."""
     values = jnp.where(jnp.isfinite(v), v, 0)
     return LayerCache(_write(cache.k, k, positions), _write(cache.v, values, positions))
 
