@@ -73,7 +73,7 @@ def main() -> None:
 
 def _compare(model) -> dict:
     from lsjax.decoding.benchmark import benchmark
-    from lsjax.evaluation.tables import decoding_table, print_table
+    from lsjax.evaluation.tables import bandwidth_line, decoding_table, print_table
 
     prompts, common = _prompts(model), _settings()
     tuning = _tuning(model, prompts)
@@ -81,6 +81,7 @@ def _compare(model) -> dict:
     beside = {"tuning": tuning, "rivals": _rivals(model, tuning), "stop": STOP.value}
     report = benchmark(model, prompts, strategies, repeats=REPEATS.value, **beside, **common)
     print_table(decoding_table(report))
+    print(bandwidth_line(report))
     if tuning:
         print(tuning)
     if PROMPT.value:

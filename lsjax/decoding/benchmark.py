@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from lsjax.decoding.bandwidth import PlainRead, bytes_per_pass
 from lsjax.decoding.batch import PromptBatch
 from lsjax.decoding.generate import DecodeProgram, GenerateResult, rates_by_position
 from lsjax.decoding.settings import Tuning
@@ -37,7 +38,7 @@ def benchmark(
     `stop`: texts that end a row, as in `generate`; the look for them after every round is inside the times.
     Prompts go in groups of batch_size; a last group that is not full is filled up from the first prompts. `rivals`:
     other decoders of the same prompts, measured in the same rounds. `tuning`: its predictions stand beside what is
-    measured.
+    measured. `bandwidth`: what autoregressive decoding reads, and how fast beside a plain read of the weights.
     """
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
@@ -47,9 +48,11 @@ def benchmark(
     for index, trial in enumerate(trials, 1):
         note(f"compiling {index}/{len(trials)}: {trial.label}")
         trial.compile()
+    read = PlainRead(model.decoder_weights)
     for repeat in range(repeats):
         note(f"measuring, round {repeat + 1}/{repeats}: {len(trials)} settings on {len(prompts)} prompt(s)")
         for batch_index in range(len(batches)):
+            read.measure()
             for trial in trials:
                 trial.measure(batch_index)
     return {
@@ -62,6 +65,7 @@ def benchmark(
         "stop": list(batches[0].stop_texts),
         "prompts": len(prompts),
         "repeats": repeats,
+        "bandwidth": read.summary(trials[0].bytes_per_pass(), trials[0].seconds_per_pass()),
         "runs": [
             trial.summary(trials[0], greedy=sampling.temperature == 0) | _predicted(trial.strategy, tuning)
             for trial in trials
@@ -128,6 +132,16 @@ class Trial:
     def medians(self, key: str) -> list[float]:
         values = (self.median(index, key) for index in range(len(self.batches)))
         return [value for value in values if value is not None]
+
+    def bytes_per_pass(self) -> int:
+        """Of autoregressive decoding, on average over the batches."""
+        weights, rows = self.model.decoder_weights, len(self.batches[0].lengths)
+        sizes = [bytes_per_pass(weights, self.model.config, rows, program.capacity) for program in self.programs]
+        return sum(sizes) // len(sizes)
+
+    def seconds_per_pass(self) -> float | None:
+        rounds = sum(max(row["rounds"] for row in results[0].stats) for results in self.results)
+        return sum(self.medians("seconds")) / rounds if rounds else None
 
     def summary(self, reference: "Trial", greedy: bool = True) -> dict[str, Any]:
         rows = [row for results in self.results for row in results[0].stats]

@@ -147,7 +147,7 @@ class DecodeProgram:
         rows, bucket = batch.tokens.shape
         new = -(-batch.max_new_tokens // _CAPACITY_STEP) * _CAPACITY_STEP
         capacity = -(-(bucket + new + lookahead(strategy)) // _CAPACITY_STEP) * _CAPACITY_STEP
-        self.strategy = strategy
+        self.strategy, self.capacity = strategy, capacity
         shape = DecodeShape(rows, bucket, capacity, new + lookahead(strategy), batch.stop.size)
         self._arguments = (config, strategy, shape, jax.tree.map(jax.typeof, batch.rule))
 

@@ -103,7 +103,7 @@ class TransformersTrial(Trial):
     """One way of transformers and all its measurements, beside those of our strategies."""
 
     def __init__(self, theirs: TransformersModel, way: Way, batches: list[PromptBatch]):
-        self.theirs, self.way, self.batches = theirs, way, batches
+        self.theirs, self.way, self.batches, self.strategy = theirs, way, batches, None
         self.results: list[list[GenerateResult]] = [[] for _ in batches]
         self.compile_seconds = 0.0
 

@@ -57,6 +57,18 @@ def decoding_table(report: dict[str, Any]) -> Table:
     return table
 
 
+def bandwidth_line(report: dict[str, Any]) -> str:
+    """What bounds autoregressive decoding: reading the weights, and how near to a plain read of them it comes."""
+    b = report["bandwidth"]
+    if b["autoregressive_share"] is None:
+        return "every text ended with its first token: there is no speed to compare"
+    return (
+        f"an autoregressive pass reads {b['autoregressive_bytes_per_pass'] / 1e6:.0f} MB at "
+        f"{b['autoregressive_gigabytes_per_second']:.1f} GB/s, {b['autoregressive_share']:.0%} of what adding up all "
+        f"weights reaches ({b['plain_read_gigabytes_per_second']:.1f} GB/s)"
+    )
+
+
 def print_table(table: Table) -> None:
     """On a terminal, fitted to it; in a file, as wide as its content, so that rows stay whole."""
     console = Console(highlight=False)

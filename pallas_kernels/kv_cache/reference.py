@@ -6,7 +6,6 @@ weight: `write` sees to it, at the cost of the new tokens, where masking the val
 XLA:CPU copy all of them for every block of queries.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -51,45 +50,8 @@ def attend(q: jax.Array, cache: LayerCache, positions: jax.Array) -> jax.Array:
     last_seen = positions[:, None] + jnp.arange(queries)
     entries = jnp.arange(cache.k.shape[2])
     visible = (entries <= last_seen[..., None])[:, None, None]  # [B,1,1,T,C]
-    scores = _scores(q.transpose(0, 2, 3, 1, 4), cache.k) * width**-0.5
-    weights = jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1)
-    return _mix(weights, cache.v).transpose(0, 3, 1, 2, 4).astype(q.dtype)
-
-
-# A few queries against a cache, batched over KV heads, are tiny matmuls. XLA:CPU hands each to a threaded
-# library at a cost that dwarfs it (130 us a layer for 4 queries, measured), yet fuses multiply-and-sum into
-# one loop (30 us); a single query it already runs as a matrix-vector product. That loop runs on one thread, and over
-# many products many times slower than a matmul: 7.6 ms against 0.5 for 5 queries and 1152 entries.
-_FEW_PRODUCTS = 2**19
-
-
-def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """q [B,K,G,T,H], k [B,K,C,H] -> float32 [B,K,G,T,C]."""
-
-    def matmul(q, k):
-        return jnp.einsum("bkgth,bkch->bkgtc", q, k, preferred_element_type=jnp.float32)
-
-    def fused(q, k):
-        return jnp.sum(q[..., None, :].astype(jnp.float32) * k[:, :, None, None], axis=-1)
-
-    return _few_rows(fused, matmul, q, k)
-
-
-def _mix(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """weights float32 [B,K,G,T,C], v [B,K,C,H] -> float32 [B,K,G,T,H]."""
-
-    def matmul(weights, v):
-        return jnp.einsum("bkgtc,bkch->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-
-    def fused(weights, v):
-        return jnp.sum(weights[..., None] * v[:, :, None, None], axis=-2)
-
-    return _few_rows(fused, matmul, weights, v)
-
-
-def _few_rows(fused, matmul, left: jax.Array, right: jax.Array) -> jax.Array:
-    batch, heads, group, queries = left.shape[:4]
-    products = batch * heads * group * queries * math.prod(right.shape[2:])
-    if group * queries == 1 or products > _FEW_PRODUCTS:
-        return matmul(left, right)
-    return jax.lax.platform_dependent(left, right, cpu=fused, default=matmul)
+    q = q.transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("bkgth,bkch->bkgtc", q, cache.k, preferred_element_type=jnp.float32) * width**-0.5
+    weights = jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1).astype(cache.v.dtype)
+    mixed = jnp.einsum("bkgtc,bkch->bkgth", weights, cache.v, preferred_element_type=jnp.float32)
+    return mixed.transpose(0, 3, 1, 2, 4).astype(q.dtype)

@@ -160,28 +160,27 @@ def test_what_a_cache_held_before_does_not_matter(monkeypatch, model, strategy):
 
 
 class DraftsPoison(NamedTuple):
-    """Greedy, but that every third new token is drafted as one whose embedding is NaN."""
+    """Greedy, but that every third new token is drafted as `poison`, whose embedding is NaN."""
+
+    poison: jax.Array
 
     def choose(self, logits, index):
         token, _ = Greedy().choose(logits, index)
-        return jnp.where(index % 3 == 1, POISON, token), None
+        return jnp.where(index % 3 == 1, self.poison, token), None
 
     def verify(self, *drafted):
         return Greedy().verify(*drafted)
 
 
-POISON = 319
-
-
 @pytest.mark.parametrize("drafts", [1, 2, 5])
 def test_a_draft_that_is_not_a_number_leaves_no_trace(varied, varied_params, drafts):
     expected = [reference_tokens(tuple(prompt), 4) for prompt in PROMPTS]
-    assert not any(POISON in text for text in (*expected, *PROMPTS))
+    poison = next(token for token in range(1, 320) if not any(token in text for text in (*expected, *PROMPTS)))
     weights = decoder_weights(varied_params, jnp.float32)
-    weights |= {"embed": weights["embed"].at[POISON].set(jnp.nan)}
+    weights |= {"embed": weights["embed"].at[poison].set(jnp.nan)}
     batch = PromptBatch.make(Model(varied, varied_params, NoTokenizer()), PROMPTS, NEW)
     how = {"config": varied, "strategy": SelfSpeculative(2, drafts)}
-    inputs = jnp.int32(NEW), jnp.array([-1]), DraftsPoison()
+    inputs = jnp.int32(NEW), jnp.array([-1]), DraftsPoison(jnp.int32(poison))
     shape = DecodeShape(3, batch.tokens.shape[1], 96, 64, 1)
 
     @jax.jit
@@ -191,7 +190,7 @@ def test_a_draft_that_is_not_a_number_leaves_no_trace(varied, varied_params, dra
 
     state = run(weights)
     assert state.tokens[:, :NEW].tolist() == expected
-    assert np.all(state.accepted > 0) == (drafts > 1)
+    assert np.all(state.accepted > 0)  # drafts between the poisoned ones
 
 
 def test_stale_cache_entries_never_leak(varied, varied_params):
