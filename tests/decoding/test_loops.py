@@ -122,7 +122,7 @@ def test_the_limit_is_exact(model, new):
     assert tokens == [reference_tokens(tuple(prompt), 4)[:new] for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize(("exit_layer", "drafts"), [(2, 3), (3, 2), (4, 5)])
+@pytest.mark.parametrize(("exit_layer", "drafts"), [(2, 3), (4, 5)])
 def test_texts_of_a_batch_end_at_every_position_of_a_block(varied, varied_params, exit_layer, drafts):
     """Each row has an end of its own, all of them in one batch. Where blocks begin is told by their count under every
     limit: the first token is prefill's, the second begins the first block."""
@@ -172,7 +172,7 @@ class DraftsPoison(NamedTuple):
         return Greedy().verify(*drafted)
 
 
-@pytest.mark.parametrize("drafts", [1, 2, 5])
+@pytest.mark.parametrize("drafts", [2, 5])
 def test_a_draft_that_is_not_a_number_leaves_no_trace(varied, varied_params, drafts):
     expected = [reference_tokens(tuple(prompt), 4) for prompt in PROMPTS]
     poison = next(token for token in range(1, 320) if not any(token in text for text in (*expected, *PROMPTS)))

@@ -128,6 +128,9 @@ def test_a_stop_string_ends_its_row_wherever_it_stands(model, whole, strategy):
     assert max(map(len, parts)) > 3
     cases = [[part] for part in parts[::3]] + [list(pair) for pair in zip(parts[::4], parts[2::4], strict=False)]
     cases.append(["nowhere", whole.text[0][-3:] + "and on"])
+    # Two inside one token, the later one listed first.
+    within = {model.tokenizer.decode([token]) for token in itertools.chain(*whole.tokens)}
+    cases += [[text[-1], text[0]] for text in sorted(within) if len(text) > 1 and text[0] != text[-1]]
     ends = set()
     for stops in cases:
         expected = [expected_end(model, tokens, stops) for tokens in whole.tokens]

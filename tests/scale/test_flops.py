@@ -190,3 +190,10 @@ def test_a_round_of_a_decoding_loop(strategy):
         "self_speculative": lambda: round_flops(config, 48, 2, 3, 2),
     }[strategy.name]()
     assert found == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_a_loop_that_values_end_goes_round_as_often_as_said():
+    loop = jax.jit(lambda x, turns: jax.lax.fori_loop(0, turns, lambda _, y: jnp.sin(y @ y), x))
+    program = hlo.parse(loop.lower(jnp.ones((8, 8)), jnp.int32(3)).compile().as_text())
+    assert max(times for _, times in program.runs()) == 1
+    assert max(times for _, times in program._replace(unknown_turns=7).runs()) == 7
