@@ -112,6 +112,6 @@ def filtered_log_probabilities(
     least = jnp.take_along_axis(ordered, jnp.broadcast_to(last, (*ordered.shape[:-1], 1)), axis=-1)
     ordered = jnp.where(ordered < least, -jnp.inf, ordered)
     shares = jax.nn.softmax(ordered, axis=-1)
-    kept = jnp.cumsum(shares, axis=-1) - shares < top_p
+    kept = (jnp.cumsum(shares, axis=-1) - shares < top_p) | (top_p >= 1)  # sums of many shares may round up to 1
     least = jnp.maximum(least, jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True))
     return jax.nn.log_softmax(jnp.where(scaled < least, -jnp.inf, scaled), axis=-1)

@@ -9,6 +9,7 @@ from lsjax.errors import UserError
 
 MAX_SPECULATIONS = 64
 AUTO = "auto"
+_LEAST_TEMPERATURE = 1e-6  # below it, float32 logits over temperature would in the end be infinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,8 @@ def is_auto(strategy: Strategy) -> bool:
 def check_sampling(sampling: Sampling) -> None:
     """Raises UserError when a setting is out of range, or would have no effect."""
     s = sampling
-    if not (math.isfinite(s.temperature) and s.temperature >= 0):
-        raise UserError(f"temperature must be 0 (greedy) or positive, got {s.temperature}")
+    if not (math.isfinite(s.temperature) and (s.temperature == 0 or s.temperature >= _LEAST_TEMPERATURE)):
+        raise UserError(f"temperature must be 0 (greedy) or at least {_LEAST_TEMPERATURE}, got {s.temperature}")
     if s.top_k < 0:
         raise UserError(f"top_k must be 0 (all tokens) or positive, got {s.top_k}")
     if not 0 < s.top_p <= 1:

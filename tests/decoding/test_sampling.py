@@ -50,6 +50,12 @@ def test_filters_are_their_definitions(s):
     np.testing.assert_allclose(found, [filtered(row, s) for row in logits], atol=1e-5)
 
 
+def test_top_p_1_leaves_all_of_a_large_vocabulary():
+    logits = np.random.default_rng(0).normal(size=(2, 128_256)) * 3
+    found = filtered_log_probabilities(jnp.asarray(logits, jnp.float32), *by_value(Sampling(1.0)))
+    assert np.all(np.isfinite(found))
+
+
 def by_value(s: Sampling):
     return np.float32(s.temperature), np.int32(s.top_k), np.float32(s.top_p)
 
@@ -210,6 +216,7 @@ def test_a_low_temperature_is_greedy(model):
     [
         (Sampling(-1.0), "temperature must be 0"),
         (Sampling(float("nan")), "temperature must be 0"),
+        (Sampling(1e-40), "temperature must be 0 \\(greedy\\) or at least 1e-06"),
         (Sampling(1.0, top_k=-1), "top_k must be 0"),
         (Sampling(1.0, top_p=0.0), "top_p must be above 0"),
         (Sampling(1.0, top_p=1.5), "top_p must be above 0"),
