@@ -24,7 +24,8 @@ compile_only.prepare()
 pytest.importorskip("libtpu", reason="make test-ahead installs it")
 
 ROOT = Path(__file__).parent.parent.parent
-PAPER = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if "compile_ahead" in path.read_text())
+# Of the paper's runs the narrowest, the largest vocabulary, the tightest fit, the fewest GPUs and the stress case.
+PAPER = ("pretrain_1_5b", "continual_llama3_8b", "continual_llama2_13b", "finetune_topv2_1_5b", "pretrain_70b")
 
 
 def read_config(name: str) -> Config:
@@ -144,7 +145,7 @@ def test_a_configuration_says_what_the_compiler_says():
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_every_run_of_the_paper_fits_its_gpus(name):
+def test_runs_of_the_paper_fit_their_gpus(name):
     """With whatever attention is at hand: cuDNN's takes less memory, and is what the docstrings' figures are of."""
     lines = [line for line in compiled_for(name) if line.startswith("gpu:")]
     assert lines
