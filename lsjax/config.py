@@ -56,7 +56,8 @@ class LayerSkipConfig:
     `exit_distillation`: beside the cross-entropy of each early exit, this much of its KL divergence from the last
     layer's own distribution, gradient stopped (not in the paper; EESD, arXiv 2406.03853). 0 is the paper.
     `exit_first`: exit layers below it are not trained (1 is the paper; asking the first layers of a pretrained model
-    to predict costs its last layer dear).
+    to predict costs its last layer dear). `exit_last`: nor are those above it, but for the last layer (0: all are):
+    exits that will not draft need not learn to.
     `exit_token_stride`: early exits look at one token in so many, another one each step (the last layer at all).
     `exits_train_head`: whether early exits pull on the shared norm and head (as in the paper)."""
 
@@ -71,6 +72,7 @@ class LayerSkipConfig:
     exit_weight_floor: float = 0.0
     exit_distillation: float = 0.0
     exit_first: int = 1
+    exit_last: int = 0
     exit_token_stride: int = 1
     exits_train_head: bool = True
 
@@ -284,6 +286,12 @@ def _check_training(config: Config) -> None:
     _require(
         first <= config.model.num_layers,
         f"config.layerskip.exit_first ({first}) exceeds config.model.num_layers ({config.model.num_layers})",
+    )
+    last = config.layerskip.exit_last
+    _require(
+        last == 0 or first <= last <= config.model.num_layers,
+        f"config.layerskip.exit_last ({last}) must be 0 (all exits) or within exit_first..num_layers "
+        f"({first}..{config.model.num_layers})",
     )
     stride = config.layerskip.exit_token_stride
     _require(

@@ -58,8 +58,15 @@ def test_a_run_of_the_paper_has_its_values(name):
     assert s.exit_scale == e_scale
     assert curriculum in (s.exit_rotation, s.exit_curriculum)
     assert s.exit_curriculum == ("gradual" if curriculum == "gradual" else "rotational")
-    extras = s.exit_weight_floor, s.exit_distillation, s.exit_first, s.exit_token_stride, s.exits_train_head
-    assert extras == (0, 0, 1, 1, True)
+    extras = (
+        s.exit_weight_floor,
+        s.exit_distillation,
+        s.exit_first,
+        s.exit_last,
+        s.exit_token_stride,
+        s.exits_train_head,
+    )
+    assert extras == (0, 0, 1, 0, 1, True)
     assert s.dropout_granularity == "sample"
     assert not s.dropout_rescale
 

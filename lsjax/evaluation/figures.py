@@ -22,7 +22,7 @@ def draw_run(path: Path, profile: ExitProfile, report: dict[str, Any], title: st
     runs = [run for run in report["runs"] if run["strategy"] == "self_speculative"]
     _draw_grid(middle, runs, "speedup", "Self-speculation: speed-up over autoregressive", "{:.2f}")
     _draw_grid(right, runs, "acceptance_rate", "Drafted tokens accepted", "{:.0%}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_comparison(path: Path, profiles: dict[str, ExitProfile]) -> None:
@@ -35,7 +35,7 @@ def draw_comparison(path: Path, profiles: dict[str, ExitProfile]) -> None:
     right.set(title="Agreement with the last layer", xlabel="exit layer", ylim=(0, 1.02))
     right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     left.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_sweep(path: Path, report: dict[str, Any], title: str) -> None:
@@ -45,10 +45,10 @@ def draw_sweep(path: Path, report: dict[str, Any], title: str) -> None:
     runs = [run for run in report["runs"] if run["strategy"] == "self_speculative"]
     _draw_grid(left, runs, "speedup", "Speed-up over autoregressive, measured", "{:.2f}")
     _draw_grid(right, runs, "predicted_speedup", "The same, predicted", "{:.2f}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     plt.close(figure)

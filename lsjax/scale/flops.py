@@ -124,7 +124,8 @@ def early_exits(config: Config) -> float:
         np.asarray(exit_curriculum(s.exit_curriculum, c.num_layers, step, t.total_steps, s.exit_rotation))
         for step in steps
     ]
-    return float(np.mean([a[s.exit_first - 1 : -1].sum() for a in active]))
+    early = slice(s.exit_first - 1, min(s.exit_last or c.num_layers, c.num_layers - 1))
+    return float(np.mean([a[early].sum() for a in active]))
 
 
 def _dropout_rates(config: Config, step: int) -> np.ndarray:

@@ -54,7 +54,8 @@ def recipe_at(step: jax.Array | int, config: Config) -> Recipe:
         layers, s.dropout_max_rate, step, total, s.dropout_depth_schedule, s.dropout_time_schedule
     )
     active = exit_curriculum(s.exit_curriculum, layers, step, total, s.exit_rotation)
-    active &= jnp.arange(layers) >= s.exit_first - 1
+    exit_layer = 1 + jnp.arange(layers)
+    active &= (exit_layer >= s.exit_first) & (exit_layer <= (s.exit_last or layers)) | (exit_layer == layers)
     return Recipe(rates, active, exit_weights(layers, s.exit_scale, active, s.exit_weight_floor))
 
 

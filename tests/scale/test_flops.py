@@ -103,12 +103,12 @@ def test_the_plain_step_has_the_flops_of_the_formula():
     assert flops.exits == flops.skipped == 0
 
 
-@pytest.mark.parametrize("recipe", [{}, {"exits_train_head": False}, {"exit_first": 4}], ids=str)
+@pytest.mark.parametrize("recipe", [{}, {"exits_train_head": False}, {"exit_first": 4}, {"exit_last": 2}], ids=str)
 def test_exits_cost_what_is_counted(recipe):
     """All exits at once, so that every branch is taken, the first layer's input apart (it is no exit)."""
     config = small(layerskip={"exit_curriculum": "all"} | recipe)
     on = early_exits(config)
-    assert on == (5 if "exit_first" not in recipe else 2)
+    assert on == (2 if {"exit_first", "exit_last"} & {*recipe} else 5)
     extra = counted(config, share=on / 6) - counted(small())
     assert step_flops(config).exits == pytest.approx(extra, rel=1e-6)
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lsjax.config import MeshConfig
+from lsjax.config import Config, MeshConfig
 from lsjax.data.batch import Batch
 from lsjax.errors import UserError
 from lsjax.scale.sharding import make_mesh
@@ -175,8 +175,12 @@ def test_frozen_parameters_stay_and_have_no_moments(tiny_run):
             init_state(replace(config, training={"frozen": frozen}))
 
 
-def test_only_exits_from_the_first_on_are_trained(tiny_run):
+def test_only_exits_from_the_first_to_the_last_are_trained(tiny_run):
     config = replace(tiny_run, layerskip={"exit_first": 3, "exit_curriculum": "all"})
     assert recipe_at(0, config).exit_active.tolist() == [False, False, True, True]
     config = replace(tiny_run, layerskip={"exit_first": 3, "exit_rotation": 4})
     assert [recipe_at(t, config).exit_active.tolist().index(True) for t in range(4)] == [3, 3, 2, 3]
+    config = replace(tiny_run, layerskip={"exit_last": 2, "exit_curriculum": "all"})
+    assert recipe_at(0, config).exit_active.tolist() == [True, True, False, True]
+    with pytest.raises(UserError, match="exit_last"):
+        Config.from_dict(replace(tiny_run, layerskip={"exit_first": 3, "exit_last": 2}).to_dict())

@@ -1,0 +1,81 @@
+"""The recipes that are compared: named settings of `config.layerskip`, each with where it comes from."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from lsjax.config import Config
+from lsjax.errors import UserError
+from lsjax.layerskip.dropout import layer_dropout_rates
+
+BASELINE = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """`layerskip`: what differs from no LayerSkip at all. `steps`: of the run, as a share of the configuration's."""
+
+    name: str
+    about: str
+    layerskip: dict[str, Any]
+    steps: float = 1.0
+
+    def config(self, base: Config, seed: int) -> Config:
+        t = base.training
+        return dataclasses.replace(
+            base,
+            layerskip=dataclasses.replace(base.layerskip, **_NOTHING | self.layerskip),
+            training=dataclasses.replace(t, seed=seed, total_steps=round(self.steps * t.total_steps)),
+        )
+
+
+_NOTHING = {
+    "dropout_max_rate": 0.0,
+    "dropout_granularity": "sample",
+    "exit_curriculum": "none",
+    "exit_distillation": 0.0,
+    "exit_weight_floor": 0.0,
+}
+
+
+def recipes(num_layers: int) -> dict[str, Recipe]:
+    """All of them by name. The paper's is its setting for training from scratch (Table 8): e_scale 0.2, R = L - 1,
+    dropout growing exponentially in depth and in time."""
+    dropout = {"dropout_max_rate": 0.2, "dropout_depth_schedule": "exponential", "dropout_time_schedule": "exponential"}
+    exits = {"exit_curriculum": "rotational", "exit_scale": 0.2, "exit_rotation": max(1, num_layers - 1)}
+    half = max(1, num_layers // 2)
+    mean_rate = float(layer_dropout_rates(num_layers, dropout["dropout_max_rate"], 0, 1).mean())
+    constant = dropout | {"dropout_depth_schedule": "uniform", "dropout_max_rate": mean_rate}
+    successor = {"dropout_depth_schedule": "linear", "dropout_time_schedule": "linear_decay", "dropout_rescale": True}
+    distilled = {"exit_distillation": 3.0, "exit_weight_floor": 0.3}
+    focused = {"exit_last": half, "exit_rotation": min(2, half)}
+    skipped = {"dropout_granularity": "batch", "dropout_max_rate": 0.5} | successor
+    both = dropout | exits
+    listed = [
+        Recipe(BASELINE, "no LayerSkip", {}),
+        Recipe("none-shorter", "what no LayerSkip reaches in 3/4 of the steps", {}, 0.75),
+        Recipe("none-longer", "and in 5/4 of them", {}, 1.25),
+        Recipe("dropout", "the paper's layer dropout alone", dropout),
+        Recipe("constant-dropout", "the same mean rate at every layer (the paper's Fig. 12)", constant),
+        Recipe("exit-loss", "the paper's early exit loss alone", exits),
+        Recipe("paper", "both (arXiv 2404.16710, from scratch)", both),
+        Recipe("paper-successor", "arXiv 2609.05275: linear, decaying, rescaled", both | successor),
+        Recipe("paper-floor", "first exits weigh at least 0.3 of the last", both | {"exit_weight_floor": 0.3}),
+        Recipe("paper-own-head", "exits do not pull on norm and head", both | {"exits_train_head": False}),
+        Recipe("paper-distilled", "KL from the last layer (EESD, arXiv 2406.03853)", both | {"exit_distillation": 3.0}),
+        Recipe("distilled", "weight floor and KL, no dropout", exits | distilled),
+        Recipe("focused", "the same, on exits of the first half only", exits | distilled | focused),
+        Recipe(
+            "focused-skipping", "and whole layers skipped, for a batch at a time", exits | distilled | focused | skipped
+        ),
+    ]
+    return {recipe.name: recipe for recipe in listed}
+
+
+def choose(names: Sequence[str], num_layers: int) -> list[Recipe]:
+    """The named recipes, the baseline first; all for no names. Raises UserError for a name that is none."""
+    known = recipes(num_layers)
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown recipe {name!r}; the recipes are: {', '.join(known)}")
+    return [recipe for recipe in known.values() if not names or recipe.name in {BASELINE, *names}]
