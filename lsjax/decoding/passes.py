@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
 from lsjax.model.attention import plain_attention
+from lsjax.model.quantized import cast
 from lsjax.model.rope import rotation
 from lsjax.model.transformer import Params, apply_layer, exit_logits
 from lsjax.scale.sharding import decoder_shardings, mesh_of
@@ -16,6 +17,7 @@ from pallas_kernels.kv_cache import reference as kv_cache
 Weights = dict[str, Any]
 Cache = tuple[kv_cache.LayerCache, ...]
 
+DRAFT = "draft"  # the key of weights that only draft, where they are others than the first layers' own
 PREFILL_CHUNK = 512  # tokens of longer prompts read at a time
 
 
@@ -26,7 +28,7 @@ def decoder_weights(params: Params, dtype: jnp.dtype) -> Weights:
     """
 
     def unstack(params):
-        params = jax.tree.map(lambda a: jnp.asarray(a, dtype), params)
+        params = cast(params, dtype)
         layers = params["layers"]
         num_layers = jax.tree.leaves(layers)[0].shape[0]
         return params | {"layers": tuple(jax.tree.map(operator.itemgetter(i), layers) for i in range(num_layers))}

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
+from lsjax.model.quantized import matmul
 from lsjax.model.rematerialize import keep
 from lsjax.model.rope import rotate
 
@@ -46,13 +47,13 @@ class Attention(nn.Module):
         group = c.num_heads // c.num_kv_heads
         init = nn.initializers.normal(_INIT_STDDEV)
         kernel = self.param("qkv", init, (c.width, c.num_kv_heads, group + 2, c.head_width))
-        qkv = keep(jnp.einsum("bsd,dkgh->bskgh", x, kernel), "qkv")
+        qkv = keep(matmul(x, kernel), "qkv")
         q, k, v = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
         mixed, state = attend(rotate(q, cos_sin), rotate(k, cos_sin), v)
         out = self.param("output", _residual_init(c), (c.num_kv_heads, group, c.head_width, c.width))
         mixed = keep(mixed, "attention")
         # Not an einsum, which would contract g, h, k in this order: XLA would transpose the weight for it, every time.
-        return keep(jnp.tensordot(mixed, out, axes=3), "attention_output"), state
+        return keep(matmul(mixed, out, axes=3), "attention_output"), state
 
 
 class SwiGLU(nn.Module):
@@ -65,11 +66,11 @@ class SwiGLU(nn.Module):
         c = self.config
         init = nn.initializers.normal(_INIT_STDDEV)
         kernel = self.param("gate_up", init, (c.width, 2, c.feed_forward_width))
-        gate_up = jnp.einsum("bsd,dcf->bscf", x, kernel)
+        gate_up = matmul(x, kernel)
         # Kept apart: kept together, XLA:TPU copies both into another layout in the backward pass.
         gate, up = keep(gate_up[..., 0, :], "gate_up"), keep(gate_up[..., 1, :], "gate_up")
         down = self.param("down", _residual_init(c), (c.feed_forward_width, c.width))
-        return jnp.einsum("bsf,fd->bsd", nn.silu(gate) * up, down)
+        return matmul(nn.silu(gate) * up, down)
 
 
 class DecoderLayer(nn.Module):
