@@ -35,8 +35,8 @@ class Model:
 
     @functools.cached_property
     def decoder_weights(self) -> Weights:
-        """The parameters laid out for decoding: float32 on CPU, bfloat16 elsewhere."""
-        return decoder_weights(self.params, default_dtype())
+        """The parameters laid out for decoding: float32 on CPU, with outputs as rows; bfloat16 elsewhere."""
+        return decoder_weights(self.params, default_dtype(), for_cpu=jax.default_backend() == "cpu")
 
     def draft_weights(self, exit_layer: int) -> Weights:
         """The first layers and the head in int8, for drafting alone. Raises UserError when the model is in int8."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
 from lsjax.model.attention import plain_attention
+from lsjax.model.output_major import with_output_major
 from lsjax.model.quantized import cast
 from lsjax.model.rope import rotation
 from lsjax.model.transformer import Params, apply_layer, exit_logits
@@ -21,10 +22,11 @@ DRAFT = "draft"  # the key of weights that only draft, where they are others tha
 PREFILL_CHUNK = 512  # tokens of longer prompts read at a time
 
 
-def decoder_weights(params: Params, dtype: jnp.dtype) -> Weights:
+def decoder_weights(params: Params, dtype: jnp.dtype, for_cpu: bool = False) -> Weights:
     """Parameters for decoding: `layers` is a tuple of L trees, each layer's arrays its own, in `dtype`.
 
     Layers inside one stacked array would be copied out of it at every step (XLA:CPU always, XLA:GPU in loops).
+    for_cpu: with their outputs as rows (lsjax/model/output_major.py), if they are not split over a mesh.
     """
 
     def unstack(params):
@@ -35,7 +37,7 @@ def decoder_weights(params: Params, dtype: jnp.dtype) -> Weights:
 
     mesh = mesh_of(params["embed"])
     if mesh is None:
-        return unstack(params)
+        return with_output_major(unstack(params)) if for_cpu else unstack(params)
     shardings = decoder_shardings(jax.eval_shape(unstack, params), mesh)
     return jax.jit(unstack, out_shardings=shardings)(params)
 

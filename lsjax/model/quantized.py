@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-_LARGEST = 127  # -128 is left out, so that the range is symmetric
+from lsjax.model.output_major import INPUT_AXES
 
-# Weights of a layer, and how many of their axes are inputs.
-_INPUT_AXES = {"qkv": 1, "output": 3, "gate_up": 1, "down": 1}
+_LARGEST = 127  # -128 is left out, so that the range is symmetric
 
 
 class Quantized(NamedTuple):
@@ -22,6 +21,12 @@ class Quantized(NamedTuple):
 
     values: jax.Array
     scale: jax.Array
+
+    def multiply(self, x: jax.Array, axes: int, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        """x [..., inputs] times the weight, as `matmul`."""
+        # The scale is the result's, not the weight's: that would be a product for each entry, and no plain matmul.
+        y = jnp.tensordot(x, self.values.astype(x.dtype), axes, preferred_element_type=jnp.float32)
+        return (y * self.scale).astype(out_dtype or x.dtype)
 
 
 def is_quantized(weight: object) -> bool:
@@ -43,7 +48,7 @@ def quantize_params(params: dict[str, Any]) -> dict[str, Any]:
 
     def quantized(path, leaf):
         name = path[-1].key
-        return quantize_weight(leaf, _INPUT_AXES[name], stacked=True) if name in _INPUT_AXES else leaf
+        return quantize_weight(leaf, INPUT_AXES[name], stacked=True) if name in INPUT_AXES else leaf
 
     head = params["lm_head"] if "lm_head" in params else params["embed"].T
     layers = jax.tree_util.tree_map_with_path(quantized, params["layers"])
@@ -53,13 +58,3 @@ def quantize_params(params: dict[str, Any]) -> dict[str, Any]:
 def cast(params: Any, dtype: jnp.dtype) -> Any:
     """Parameters in `dtype`, but for those in int8 and their scales."""
     return jax.tree.map(lambda a: a if is_quantized(a) else jnp.asarray(a, dtype), params, is_leaf=is_quantized)
-
-
-def matmul(x: jax.Array, weight: jax.Array | Quantized, axes: int = 1, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """x [..., inputs] times weight [inputs, outputs...], the last `axes` axes of x with the first ones of the weight;
-    in x's dtype, or `out_dtype`."""
-    if not is_quantized(weight):
-        return jnp.tensordot(x, weight, axes, preferred_element_type=out_dtype)
-    # The scale is the result's, not the weight's: that would be a product for each entry, and no plain matmul.
-    y = jnp.tensordot(x, weight.values.astype(x.dtype), axes, preferred_element_type=jnp.float32)
-    return (y * weight.scale).astype(out_dtype or x.dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lsjax.config import ModelConfig
 from lsjax.model.attention import AttentionFunction, plain_attention
 from lsjax.model.layers import DecoderLayer, RMSNorm
-from lsjax.model.quantized import matmul
+from lsjax.model.matmul import matmul
 from lsjax.model.rematerialize import rematerialized
 from lsjax.model.rope import rotation
 from lsjax.scale.sharding import constrain, whole_along_width

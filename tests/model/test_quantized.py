@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.model.quantized import is_quantized, matmul, quantize_params, quantize_weight
+from lsjax.model.matmul import matmul
+from lsjax.model.quantized import is_quantized, quantize_params, quantize_weight
 from lsjax.model.transformer import forward
 from tests import numpy_llama
 from tests.conftest import random_params
