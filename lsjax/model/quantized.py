@@ -1,7 +1,7 @@
 """Weights in int8, a scale for each output channel. What multiplies them, norms, RoPE and looked-up embeddings are not.
 
 Half the bytes of bfloat16, and reading weights is what a token costs. XLA:TPU and XLA:GPU convert them on the way into
-the product; XLA:CPU writes them out in float32 for every product and is 3 to 7 times slower than with float32 weights.
+the product; XLA:CPU writes them out in float32 for every product and is 2 to 7 times slower than with float32 ones.
 """
 
 import functools

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lsjax
+from lsjax.decoding import settings
 from lsjax.decoding.bandwidth import bytes_per_round
 from lsjax.decoding.batch import PromptBatch
 from lsjax.decoding.benchmark import benchmark
@@ -109,11 +110,11 @@ def test_self_speculation_in_int8_equals_autoregressive_in_int8(model):
 
 def test_a_prediction_for_an_int8_model_is_of_its_own_exits(model):
     int8 = quantize(model)
-    tuning = lsjax.tune(int8, PROMPTS, NEW, SelfSpeculative("auto", 2), batch_size=1)
-    for setting in tuning.table:
-        stats = lsjax.generate(int8, PROMPTS, NEW, SelfSpeculative(setting.exit_layer, 2)).stats
-        rounds = sum(row["rounds"] for row in stats)
-        assert setting.tokens_per_round == pytest.approx(len(PROMPTS) * (NEW - 1) / rounds)
+    plain = lsjax.generate(int8, PROMPTS, NEW).tokens
+    text = settings.text_of(int8, PromptBatch.make(int8, PROMPTS, NEW), plain)
+    rounds = settings.expected_rounds(text.acceptance, text.tokens, 3)[1]
+    stats = lsjax.generate(int8, PROMPTS, NEW, SelfSpeculative(2, 3)).stats
+    assert rounds.tolist() == [row["rounds"] for row in stats]
 
 
 def test_bytes_of_a_round_by_hand(model):
