@@ -31,6 +31,8 @@ PROGRAM = flags.DEFINE_enum(
 SEARCH = flags.DEFINE_bool("search", False, "Walk batch size and rematerialisation to the fastest step that fits.")
 EXIT_LAYER = flags.DEFINE_integer("exit_layer", None, "Decoding: E (default: a quarter of the layers).")
 NUM_SPECULATIONS = flags.DEFINE_integer("num_speculations", 4, "Decoding: d, tokens drafted a round.")
+WEIGHTS = flags.DEFINE_enum("weights", None, ["int8"], "Decoding: weights in int8 instead of bfloat16.")
+DRAFT_WEIGHTS = flags.DEFINE_enum("draft_weights", None, ["int8"], "Decoding: drafts by int8 copies of the layers.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Decoding: prompts at a time.", lower_bound=1)
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 1024, "Decoding: tokens of a prompt.", lower_bound=1)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Decoding: tokens to generate.", lower_bound=1)
@@ -85,8 +87,9 @@ def _programs(config, topology) -> list:
     if PROGRAM.value == "evaluation":
         return [ahead.evaluation_program(config, topology)]
     exit_layer = EXIT_LAYER.value if EXIT_LAYER.value is not None else max(1, config.model.num_layers // 4)
-    strategies = [Autoregressive(), EarlyExit(exit_layer), SelfSpeculative(exit_layer, NUM_SPECULATIONS.value)]
-    sizes = BATCH_SIZE.value, PROMPT_TOKENS.value, MAX_NEW_TOKENS.value
+    drafting = SelfSpeculative(exit_layer, NUM_SPECULATIONS.value, DRAFT_WEIGHTS.value)
+    strategies = [Autoregressive(), EarlyExit(exit_layer), drafting]
+    sizes = BATCH_SIZE.value, PROMPT_TOKENS.value, MAX_NEW_TOKENS.value, WEIGHTS.value == "int8"
     wanted = [s for s in strategies if PROGRAM.value in ("decode", s.name)]
     return [program for s in wanted for program in ahead.decode_programs(config, topology, s, *sizes)]
 

@@ -8,6 +8,7 @@ On text that the run held out, or on a prompt of yours:
   python launch/decode.py --model=runs/demo --prompt="import os" --temperature=0.8 --top_p=0.95 --seed=1
   python launch/decode.py --model=runs/demo --compare=transformers
   python launch/decode.py --model=runs/demo --prompt="def main():" --stop="class " --stop=$'\n\n'
+  python launch/decode.py --model=runs/demo --exit_layer=2 --draft_weights=int8
 
 The best setting, predicted from one decoding of the prompts and a few timings, or found by measuring a grid:
 
@@ -43,6 +44,10 @@ NUM_SPECULATIONS = commands.define_number_or_auto("num_speculations", 4, "d: tok
 SWEEP = flags.DEFINE_string("sweep", None, "Measure a grid of settings; leave sweep.csv and sweep.png in this folder.")
 SWEEP_EXIT_LAYERS = flags.DEFINE_list("sweep_exit_layers", None, "Exit layers of the grid (default: four up to L/2).")
 SWEEP_NUM_SPECULATIONS = flags.DEFINE_list("sweep_num_speculations", "1,2,3,4,6,8", "Draft lengths of the grid.")
+WEIGHTS = flags.DEFINE_enum("weights", None, ["int8"], "Round the weights to int8: another model, half the bytes.")
+DRAFT_WEIGHTS = flags.DEFINE_enum(
+    "draft_weights", None, ["int8"], "Draft with int8 copies of the early layers; all layers verify, as they are."
+)
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over (tensor parallelism).")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Prompts decoded together.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate for each prompt.")
@@ -60,11 +65,16 @@ REPORT = flags.DEFINE_string("report", None, "Write the results to this JSON fil
 
 def main() -> None:
     from lsjax.files import check_writable, write_atomically
-    from lsjax.loading import load
+    from lsjax.loading import load, quantize
 
     if REPORT.value:
         check_writable(Path(REPORT.value), "--report")
+    if DRAFT_WEIGHTS.value and (WEIGHTS.value or SWEEP.value):
+        raise UserError("--draft_weights goes with neither --weights (its drafts are in int8 already) nor --sweep")
+    if COMPARE.value and WEIGHTS.value:
+        raise UserError("--compare is of the same weights: leave --weights away")
     model = load(MODEL.value, tensor=TENSOR.value)
+    model = quantize(model) if WEIGHTS.value else model
     report = _sweep(model) if SWEEP.value else _compare(model)
     if REPORT.value:
         write_atomically(Path(REPORT.value), json.dumps(report, indent=2))
@@ -126,7 +136,7 @@ def _tuning(model, prompts):
         return None
     if "self_speculative" not in STRATEGIES.value:
         raise UserError("auto is a choice for self_speculative: put it into --strategies, or give a number")
-    strategy = SelfSpeculative(_exit_layer(model.config.num_layers), NUM_SPECULATIONS.value)
+    strategy = SelfSpeculative(_exit_layer(model.config.num_layers), NUM_SPECULATIONS.value, DRAFT_WEIGHTS.value)
     return tune(model, prompts, strategy=strategy, **_settings())
 
 
@@ -154,7 +164,8 @@ def _exit_layer(num_layers: int) -> int | str:
 def _strategies(num_layers: int, tuning, names: Sequence[str]) -> list:
     from lsjax.decoding.strategies import Autoregressive, EarlyExit, SelfSpeculative
 
-    drafting = tuning.strategy if tuning else SelfSpeculative(_exit_layer(num_layers), NUM_SPECULATIONS.value)
+    given = _exit_layer(num_layers), NUM_SPECULATIONS.value, DRAFT_WEIGHTS.value
+    drafting = tuning.strategy if tuning else SelfSpeculative(*given)
     makers = {
         "autoregressive": lambda: Autoregressive(),
         "early_exit": lambda: EarlyExit(drafting.exit_layer),

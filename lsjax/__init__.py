@@ -8,7 +8,7 @@ from lsjax.decoding.tuning import tune
 from lsjax.errors import UserError
 from lsjax.layerskip.dropout import layer_dropout_rates
 from lsjax.layerskip.exits import exit_curriculum, exit_weights
-from lsjax.loading import Model, load, read_model_config
+from lsjax.loading import Model, load, quantize, read_model_config
 from lsjax.model.transformer import forward, hidden_states
 from lsjax.training.loop import train
 
@@ -32,6 +32,7 @@ __all__ = [
     "hidden_states",
     "layer_dropout_rates",
     "load",
+    "quantize",
     "read_model_config",
     "stream",
     "train",

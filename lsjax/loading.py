@@ -17,6 +17,7 @@ from lsjax.interop.gguf import is_gguf, open_gguf, read_gguf_config
 from lsjax.interop.huggingface import is_huggingface_config, open_huggingface, read_huggingface_config
 from lsjax.interop.source import ModelSource, abstract_like, check_vocabulary
 from lsjax.interop.tensors import abstract_params
+from lsjax.model.quantized import is_quantized, quantize_params
 from lsjax.model.transformer import Params
 from lsjax.scale.sharding import make_mesh, tree_shardings
 from lsjax.training import workdir as workdirs
@@ -34,8 +35,26 @@ class Model:
 
     @functools.cached_property
     def decoder_weights(self) -> Weights:
-        """The parameters laid out for decoding: float32 on CPU, bfloat16 elsewhere."""
-        return decoder_weights(self.params, default_dtype())
+        """The parameters laid out for decoding: float32 on CPU, with outputs as rows; bfloat16 elsewhere."""
+        return decoder_weights(self.params, default_dtype(), for_cpu=jax.default_backend() == "cpu")
+
+    def draft_weights(self, exit_layer: int) -> Weights:
+        """The first layers and the head in int8, for drafting alone. Raises UserError when the model is in int8."""
+        if self.in_int8:
+            raise UserError("draft_weights: this model is in int8 already, and drafts with its own early layers")
+        if exit_layer not in self._drafting:
+            early = jax.tree.map(lambda a: a[:exit_layer], self.params["layers"])
+            weights = decoder_weights(quantize_params(self.params | {"layers": early}), default_dtype())
+            self._drafting[exit_layer] = {key: weights[key] for key in ("layers", "lm_head")}
+        return self._drafting[exit_layer]
+
+    @functools.cached_property
+    def _drafting(self) -> dict[int, Weights]:
+        return {}
+
+    @property
+    def in_int8(self) -> bool:
+        return is_quantized(self.params.get("lm_head"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +71,15 @@ class WorkdirSource:
 
     def stored_dtypes(self) -> Params:
         return stored_dtypes(self.path)
+
+
+def quantize(model: Model) -> Model:
+    """The model with int8 weights, a scale for each output channel; embedding, norms and activations are as they were.
+
+    Another model, whose texts may differ. `generate`, `stream`, `tune` and `forward` take it as any other. A token
+    reads half the bytes that it would in bfloat16 (TPU, GPU); on CPU it is slower than float32.
+    """
+    return model if model.in_int8 else dataclasses.replace(model, params=quantize_params(model.params))
 
 
 def default_dtype() -> jnp.dtype:

@@ -12,6 +12,7 @@ import numpy as np
 
 from lsjax.config import ModelConfig
 from lsjax.decoding.rules import Rule
+from lsjax.model.quantized import cast
 from lsjax.model.transformer import Params, exit_logits, scan_layers
 
 
@@ -27,7 +28,7 @@ def draft_acceptance(
 ) -> jax.Array:
     """tokens [B,S], prompts of prompt_lengths [B] and their continuations, right-padded -> float32 [L,B,count]: the
     chance that a draft of the i-th new token by exit_layer l + 1 is kept (greedily 0 or 1). Computed in `dtype`."""
-    params = jax.tree.map(lambda a: a.astype(dtype), params)
+    params = cast(params, dtype)
     # What stands at a position predicts the next one.
     places = jnp.minimum(prompt_lengths[:, None] - 1 + jnp.arange(count), tokens.shape[1] - 1)
     look = lambda x, _: jnp.take_along_axis(x, places[..., None], axis=1)  # noqa: E731

@@ -8,17 +8,31 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
-from lsjax.decoding.passes import Weights
+from lsjax.decoding.passes import DRAFT, Weights
+from lsjax.decoding.programs import last_layer
+from lsjax.decoding.strategies import SelfSpeculative, Strategy
 
 
-def bytes_per_pass(weights: Weights, config: ModelConfig, rows: int, capacity: int) -> int:
-    """What a pass for one token a row reads: every weight but an embedding that is only looked up, and the caches of
-    `capacity` entries a row, which attention reads whole."""
-    read = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-    if "lm_head" in weights:
-        read -= weights["embed"].nbytes
-    entry = 2 * config.num_layers * config.num_kv_heads * config.head_width * weights["embed"].dtype.itemsize
-    return read + rows * capacity * entry
+def bytes_per_round(weights: Weights, config: ModelConfig, strategy: Strategy, rows: int, capacity: int) -> int:
+    """What a round of a strategy reads (a pass for one token a row, where nothing is drafted): for each of its passes
+    every weight but an embedding that is only looked up, and the caches of `capacity` entries a row, which attention
+    reads whole. d drafts through E layers, and L layers once: whether d + 1 tokens go through all of them at once, or
+    one through the early and all through the others, is the same.
+    """
+    cache = 2 * rows * capacity * config.num_kv_heads * config.head_width * weights["embed"].dtype.itemsize
+
+    def one_pass(weights: Weights, layers: int) -> int:
+        head = weights["final_norm"], weights["lm_head" if "lm_head" in weights else "embed"]
+        return _bytes((weights["layers"][:layers], head)) + layers * cache
+
+    if not isinstance(strategy, SelfSpeculative):
+        return one_pass(weights, last_layer(config, strategy))
+    drafting = one_pass(weights | weights.get(DRAFT, {}), strategy.exit_layer)
+    return strategy.num_speculations * drafting + one_pass(weights, config.num_layers)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 class PlainRead:
@@ -26,7 +40,7 @@ class PlainRead:
 
     def __init__(self, weights: Weights):
         self.weights, self.times = weights, []
-        self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+        self.bytes = _bytes(weights)
         jax.block_until_ready(_read(weights))  # compiled, and not counted
 
     def measure(self) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from lsjax.decoding.bandwidth import PlainRead, bytes_per_pass
+from lsjax.decoding.bandwidth import PlainRead, bytes_per_round
 from lsjax.decoding.batch import PromptBatch
 from lsjax.decoding.generate import DecodeProgram, GenerateResult, rates_by_position
 from lsjax.decoding.settings import Tuning
-from lsjax.decoding.strategies import Autoregressive, Sampling, Strategy
+from lsjax.decoding.strategies import INT8, Autoregressive, Sampling, Strategy
 from lsjax.errors import UserError
 from lsjax.loading import Model
 
@@ -45,6 +45,8 @@ def benchmark(
     strategies = [Autoregressive(), *(s for s in strategies if s != Autoregressive())]
     batches = prompt_batches(model, prompts, max_new_tokens, batch_size, sampling, seed, stop)
     trials = [*(Trial(model, strategy, batches) for strategy in strategies), *rivals(batches)]
+    if jax.default_backend() == "cpu" and (model.in_int8 or any(getattr(s, "draft_weights", None) for s in strategies)):
+        note("int8 weights are for TPU and GPU: on CPU they are slower than float32, several times")
     for index, trial in enumerate(trials, 1):
         note(f"compiling {index}/{len(trials)}: {trial.label}")
         trial.compile()
@@ -57,6 +59,7 @@ def benchmark(
                 trial.measure(batch_index)
     return {
         "model": model.path,
+        "weights": INT8 if model.in_int8 else str(model.decoder_weights["embed"].dtype),
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
         "devices": len(model.params["embed"].sharding.device_set),
         "jax_version": jax.__version__,
@@ -65,9 +68,11 @@ def benchmark(
         "stop": list(batches[0].stop_texts),
         "prompts": len(prompts),
         "repeats": repeats,
-        "bandwidth": read.summary(trials[0].bytes_per_pass(), trials[0].seconds_per_pass()),
+        "bandwidth": read.summary(trials[0].bytes_per_round(), trials[0].seconds_per_pass()),
         "runs": [
-            trial.summary(trials[0], greedy=sampling.temperature == 0) | _predicted(trial.strategy, tuning)
+            trial.summary(trials[0], greedy=sampling.temperature == 0)
+            | {"bytes_per_round": trial.bytes_per_round() if trial.strategy else None}
+            | _predicted(trial.strategy, tuning)
             for trial in trials
         ],
     }
@@ -114,12 +119,12 @@ class Trial:
     def label(self) -> str:
         exit_layer = getattr(self.strategy, "exit_layer", None)
         drafts = getattr(self.strategy, "num_speculations", None)
-        parts = [f"exit layer {exit_layer}" if exit_layer else "", f"{drafts} drafts" if drafts else ""]
+        in_int8 = " in int8" if getattr(self.strategy, "draft_weights", None) else ""
+        parts = [f"exit layer {exit_layer}" if exit_layer else "", f"{drafts} drafts{in_int8}" if drafts else ""]
         return ", ".join([self.strategy.name, *(part for part in parts if part)])
 
     def compile(self) -> None:
-        weights = self.model.decoder_weights
-        self.compile_seconds = sum(program.compile(weights) for program in self.programs)
+        self.compile_seconds = sum(program.compile(program.weights(self.model)) for program in self.programs)
         self.programs[0].run(self.model, self.batches[0])  # warm-up, not counted
 
     def measure(self, index: int) -> None:
@@ -133,11 +138,10 @@ class Trial:
         values = (self.median(index, key) for index in range(len(self.batches)))
         return [value for value in values if value is not None]
 
-    def bytes_per_pass(self) -> int:
-        """Of autoregressive decoding, on average over the batches."""
-        weights, rows = self.model.decoder_weights, len(self.batches[0].lengths)
-        sizes = [bytes_per_pass(weights, self.model.config, rows, program.capacity) for program in self.programs]
-        return sum(sizes) // len(sizes)
+    def bytes_per_round(self) -> int:
+        """Read at the least, on average over the batches."""
+        how = self.programs[0].weights(self.model), self.model.config, self.strategy, len(self.batches[0].lengths)
+        return sum(bytes_per_round(*how, program.capacity) for program in self.programs) // len(self.programs)
 
     def seconds_per_pass(self) -> float | None:
         rounds = sum(max(row["rounds"] for row in results[0].stats) for results in self.results)
@@ -156,6 +160,7 @@ class Trial:
             "strategy": rows[0]["strategy"],
             "exit_layer": rows[0]["exit_layer"],
             "num_speculations": rows[0]["num_speculations"],
+            "draft_weights": rows[0]["draft_weights"],
             "batch_size": rows[0]["batch_size"],
             "new_tokens": new_tokens,
             "seconds": sum(self.medians("seconds")),

@@ -11,7 +11,7 @@ import numpy as np
 from lsjax.config import ModelConfig
 from lsjax.decoding.batch import PromptBatch
 from lsjax.decoding.loops import Decoding
-from lsjax.decoding.passes import Weights
+from lsjax.decoding.passes import DRAFT, Weights
 from lsjax.decoding.programs import DecodeShape, lower_decoding
 from lsjax.decoding.rules import Rule
 from lsjax.decoding.running import Running
@@ -118,7 +118,7 @@ def _pieces(model: Model, batch: PromptBatch, running: Running) -> Iterator[Piec
 
 def _compiled_program(model: Model, strategy: Strategy, batch: PromptBatch) -> "DecodeProgram":
     program = DecodeProgram(model.config, settle(strategy, model, batch, DecodeProgram), batch)
-    program.compile(model.decoder_weights)
+    program.compile(program.weights(model))
     return program
 
 
@@ -151,6 +151,12 @@ class DecodeProgram:
         shape = DecodeShape(rows, bucket, capacity, new + lookahead(strategy), batch.stop.size)
         self._arguments = (config, strategy, shape, jax.tree.map(jax.typeof, batch.rule))
 
+    def weights(self, model: Model) -> Weights:
+        """What it reads of a model: with int8 drafts, two of each early layer."""
+        if getattr(self.strategy, "draft_weights", None) is None:
+            return model.decoder_weights
+        return model.decoder_weights | {DRAFT: model.draft_weights(self.strategy.exit_layer)}
+
     def compile(self, weights: Weights) -> float:
         """Compiles for these weights unless done before; seconds it took."""
         began = time.perf_counter()
@@ -160,7 +166,7 @@ class DecodeProgram:
         return time.perf_counter() - began
 
     def start(self, model: Model, batch: PromptBatch) -> Running:
-        return Running(self._prefill, self._decode, model.decoder_weights, batch, model.tokenizer)
+        return Running(self._prefill, self._decode, self.weights(model), batch, model.tokenizer)
 
     def run(self, model: Model, batch: PromptBatch) -> GenerateResult:
         """Decodes, timing prefill (to the first token) and the loop; compilation is never inside."""
@@ -188,6 +194,7 @@ class DecodeProgram:
             "strategy": self.strategy.name,
             "exit_layer": getattr(self.strategy, "exit_layer", None),
             "num_speculations": getattr(self.strategy, "num_speculations", None),
+            "draft_weights": getattr(self.strategy, "draft_weights", None),
             "batch_size": rows,
             "seconds": seconds,
             "ms_per_token": 1e3 * seconds / looped if looped else None,

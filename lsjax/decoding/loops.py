@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
-from lsjax.decoding.passes import Cache, Weights, embed, run_layers
+from lsjax.decoding.passes import DRAFT, Cache, Weights, embed, run_layers
 from lsjax.decoding.rules import Greedy, Rule
 from lsjax.model.transformer import exit_logits
 
@@ -105,8 +105,11 @@ def self_speculative_loop(
     def one_round(state: Decoding) -> Decoding:
         drafted = draft(weights, state, config, exit_layer, num_speculations, rule)
         # Verify: the d+1 kept states through the remaining layers, in one pass over the same cache.
-        late = range(exit_layer, config.num_layers)
-        x, cache = run_layers(weights, drafted.states, drafted.cache, state.length, late, config)
+        x, late = drafted.states, range(exit_layer, config.num_layers)
+        if DRAFT in weights:  # they and their cache entries are not the model's own: all layers, from the tokens on
+            tokens = jnp.concatenate([state.pending[:, None], drafted.tokens], axis=1)
+            x, late = embed(weights, tokens), range(config.num_layers)
+        x, cache = run_layers(weights, x, drafted.cache, state.length, late, config)
         logits = exit_logits(weights, x, config)
         block, accepted = rule.verify(drafted.tokens, drafted.drawn_by, logits, state.emitted)
         return _commit(state._replace(cache=cache), block, accepted, num_speculations, limit, stop)
@@ -138,7 +141,8 @@ def draft(
     rule: Rule = Greedy(),  # noqa: B008 (immutable)
 ) -> Drafts:
     """d tokens from the first E layers, one at a time. The last draft runs through the early layers too, so that it
-    can be verified."""
+    can be verified; not where other weights draft, whose states are of no use."""
+    drafter = weights | weights.get(DRAFT, {})
     batch, width = state.pending.shape[0], weights["embed"].shape[1]
 
     def put(whole, part, index):
@@ -147,8 +151,8 @@ def draft(
     def draft_one(index, carry):
         token, drafts = carry
         x = embed(weights, token[:, None])
-        x, cache = run_layers(weights, x, drafts.cache, state.length + index, range(exit_layer), config)
-        token, log_p = rule.choose(exit_logits(weights, x, config)[:, 0], state.emitted + index)
+        x, cache = run_layers(drafter, x, drafts.cache, state.length + index, range(exit_layer), config)
+        token, log_p = rule.choose(exit_logits(drafter, x, config)[:, 0], state.emitted + index)
         drawn_by = None if log_p is None else put(drafts.drawn_by, log_p, index)
         return token, Drafts(put(drafts.tokens, token, index), drawn_by, put(drafts.states, x[:, 0], index), cache)
 
@@ -160,6 +164,8 @@ def draft(
         cache=state.cache,
     )
     last, drafts = jax.lax.fori_loop(0, num_speculations, draft_one, (state.pending, empty))
+    if DRAFT in weights:
+        return drafts
     x, cache = run_layers(
         weights, embed(weights, last[:, None]), drafts.cache, state.length + num_speculations, range(exit_layer), config
     )

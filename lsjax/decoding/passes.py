@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
 from lsjax.model.attention import plain_attention
+from lsjax.model.output_major import with_output_major
+from lsjax.model.quantized import cast
 from lsjax.model.rope import rotation
 from lsjax.model.transformer import Params, apply_layer, exit_logits
 from lsjax.scale.sharding import decoder_shardings, mesh_of
@@ -16,24 +18,26 @@ from pallas_kernels.kv_cache import reference as kv_cache
 Weights = dict[str, Any]
 Cache = tuple[kv_cache.LayerCache, ...]
 
+DRAFT = "draft"  # the key of weights that only draft, where they are others than the first layers' own
 PREFILL_CHUNK = 512  # tokens of longer prompts read at a time
 
 
-def decoder_weights(params: Params, dtype: jnp.dtype) -> Weights:
+def decoder_weights(params: Params, dtype: jnp.dtype, for_cpu: bool = False) -> Weights:
     """Parameters for decoding: `layers` is a tuple of L trees, each layer's arrays its own, in `dtype`.
 
     Layers inside one stacked array would be copied out of it at every step (XLA:CPU always, XLA:GPU in loops).
+    for_cpu: with their outputs as rows (lsjax/model/output_major.py), if they are not split over a mesh.
     """
 
     def unstack(params):
-        params = jax.tree.map(lambda a: jnp.asarray(a, dtype), params)
+        params = cast(params, dtype)
         layers = params["layers"]
         num_layers = jax.tree.leaves(layers)[0].shape[0]
         return params | {"layers": tuple(jax.tree.map(operator.itemgetter(i), layers) for i in range(num_layers))}
 
     mesh = mesh_of(params["embed"])
     if mesh is None:
-        return unstack(params)
+        return with_output_major(unstack(params)) if for_cpu else unstack(params)
     shardings = decoder_shardings(jax.eval_shape(unstack, params), mesh)
     return jax.jit(unstack, out_shardings=shardings)(params)
 

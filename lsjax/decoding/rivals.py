@@ -122,6 +122,7 @@ class TransformersTrial(Trial):
             "strategy": self.label,
             "exit_layer": way.exit_layer,
             "num_speculations": way.num_speculations,
+            "draft_weights": None,
             "batch_size": len(tokens),
             "seconds": seconds,
             "ms_per_token": 1e3 * seconds / looped if looped else None,

@@ -9,6 +9,7 @@ from lsjax.errors import UserError
 
 MAX_SPECULATIONS = 64
 AUTO = "auto"
+INT8 = "int8"
 _LEAST_TEMPERATURE = 1e-6  # below it, float32 logits over temperature would in the end be infinite
 
 
@@ -32,10 +33,13 @@ class SelfSpeculative:
     """The first `exit_layer` layers draft `num_speculations` tokens, the rest verify them in one pass.
 
     "auto", for either or both, leaves the choice to what is measured on the prompts at hand (lsjax/decoding/tuning.py).
+    draft_weights="int8": drafts by an int8 copy of the early layers and the head, and all layers verify, in full
+    precision; what the drafts left in the cache is overwritten, so the result is still the full model's.
     """
 
     exit_layer: int | Literal["auto"]
     num_speculations: int | Literal["auto"]
+    draft_weights: Literal["int8"] | None = None
     name = "self_speculative"
 
 
@@ -64,6 +68,9 @@ def check_strategy(strategy: Strategy, num_layers: int) -> None:
     drafted = getattr(strategy, "num_speculations", 1)
     if not 1 <= drafted <= MAX_SPECULATIONS:
         raise UserError(f"num_speculations {drafted} is out of range 1..{MAX_SPECULATIONS}")
+    drafting = getattr(strategy, "draft_weights", None)
+    if drafting not in (None, INT8):
+        raise UserError(f'draft_weights must be "{INT8}", or None for the model\'s own, got {drafting!r}')
 
 
 def is_auto(strategy: Strategy) -> bool:

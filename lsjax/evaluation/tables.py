@@ -34,14 +34,14 @@ def comparison_table(profiles: dict[str, ExitProfile]) -> Table:
 def decoding_table(report: dict[str, Any]) -> Table:
     """A row a run of a decoding report. Where a speed-up was predicted, it stands beside the one that came out."""
     predicted = any(run.get("predicted_speedup") is not None for run in report["runs"])
-    table = Table(title=f"Decoding on {report['device']}", title_justify="left")
+    table = Table(title=f"Decoding on {report['device']}, weights in {report['weights']}", title_justify="left")
     for name in ("strategy", "exit", "drafts", "batch", "tokens/s", "ms/token", "first token ms", "accepted"):
         table.add_column(name, justify="left" if name == "strategy" else "right")
     for name in ("tokens/round", "speed-up", *(["predicted"] if predicted else []), "same tokens"):
         table.add_column(name, justify="right")
     for run in report["runs"]:
         table.add_row(
-            run["strategy"],
+            run["strategy"] + (", int8 drafts" if run["draft_weights"] else ""),
             _text(run["exit_layer"]),
             _text(run["num_speculations"]),
             _text(run["batch_size"]),

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
+from lsjax.model.matmul import matmul
+from lsjax.model.output_major import OutputMajor
 from lsjax.model.rematerialize import keep
 from lsjax.model.rope import rotate
 
@@ -45,14 +47,14 @@ class Attention(nn.Module):
         c = self.config
         group = c.num_heads // c.num_kv_heads
         init = nn.initializers.normal(_INIT_STDDEV)
-        kernel = self.param("qkv", init, (c.width, c.num_kv_heads, group + 2, c.head_width))
-        qkv = keep(jnp.einsum("bsd,dkgh->bskgh", x, kernel), "qkv")
+        kernel = _weight(self, "qkv", init, (c.width, c.num_kv_heads, group + 2, c.head_width))
+        qkv = keep(matmul(x, kernel), "qkv")
         q, k, v = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
         mixed, state = attend(rotate(q, cos_sin), rotate(k, cos_sin), v)
-        out = self.param("output", _residual_init(c), (c.num_kv_heads, group, c.head_width, c.width))
+        out = _weight(self, "output", _residual_init(c), (c.num_kv_heads, group, c.head_width, c.width))
         mixed = keep(mixed, "attention")
         # Not an einsum, which would contract g, h, k in this order: XLA would transpose the weight for it, every time.
-        return keep(jnp.tensordot(mixed, out, axes=3), "attention_output"), state
+        return keep(matmul(mixed, out, axes=3), "attention_output"), state
 
 
 class SwiGLU(nn.Module):
@@ -64,12 +66,12 @@ class SwiGLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         init = nn.initializers.normal(_INIT_STDDEV)
-        kernel = self.param("gate_up", init, (c.width, 2, c.feed_forward_width))
-        gate_up = jnp.einsum("bsd,dcf->bscf", x, kernel)
+        kernel = _weight(self, "gate_up", init, (c.width, 2, c.feed_forward_width))
+        gate_up = matmul(x, kernel)
         # Kept apart: kept together, XLA:TPU copies both into another layout in the backward pass.
         gate, up = keep(gate_up[..., 0, :], "gate_up"), keep(gate_up[..., 1, :], "gate_up")
-        down = self.param("down", _residual_init(c), (c.feed_forward_width, c.width))
-        return jnp.einsum("bsf,fd->bsd", nn.silu(gate) * up, down)
+        down = _weight(self, "down", _residual_init(c), (c.feed_forward_width, c.width))
+        return matmul(nn.silu(gate) * up, down)
 
 
 class DecoderLayer(nn.Module):
@@ -85,6 +87,13 @@ class DecoderLayer(nn.Module):
         attended, state = Attention(c, name="attention")(normed, cos_sin, attend)
         normed = RMSNorm(c.rms_norm_epsilon, name="feed_forward_norm")(x + attended)
         return attended + SwiGLU(c, name="feed_forward")(normed), state
+
+
+def _weight(module: nn.Module, name: str, init, shape: tuple[int, ...]):
+    """The module's parameter; where decoding has given it another shape, as it is."""
+    if module.has_variable("params", name) and isinstance(module.get_variable("params", name), OutputMajor):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape)
 
 
 def _residual_init(config: ModelConfig):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lsjax.config import ModelConfig
 from lsjax.model.attention import AttentionFunction, plain_attention
 from lsjax.model.layers import DecoderLayer, RMSNorm
+from lsjax.model.matmul import matmul
 from lsjax.model.rematerialize import rematerialized
 from lsjax.model.rope import rotation
 from lsjax.scale.sharding import constrain, whole_along_width
@@ -51,7 +52,7 @@ def final_norm(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
 def project_vocabulary(params: Params, x: jax.Array) -> jax.Array:
     """Normed states [..., D] -> float32 logits [..., V]. The embedding is the head when there is no lm_head."""
     if "lm_head" in params:
-        return jnp.einsum("...d,dv->...v", x, params["lm_head"], preferred_element_type=jnp.float32)
+        return matmul(x, params["lm_head"], out_dtype=jnp.float32)
     return jnp.einsum("...d,vd->...v", x, params["embed"], preferred_element_type=jnp.float32)
 
 

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lsjax.checkpoint import abstract_arrays
-from lsjax.config import Config, MeshConfig
+from lsjax.config import Config, MeshConfig, ModelConfig
 from lsjax.data.batch import Batch
-from lsjax.decoding.passes import PREFILL_CHUNK, decoder_weights
+from lsjax.decoding.passes import DRAFT, PREFILL_CHUNK, decoder_weights
 from lsjax.decoding.programs import DecodeShape, last_layer, lower_decoding
 from lsjax.decoding.strategies import Strategy, check_strategy
 from lsjax.errors import UserError
 from lsjax.evaluation.exits import evaluate_batch, evaluated_exits
 from lsjax.model.execution import Execution, choose_execution
+from lsjax.model.quantized import quantize_params
 from lsjax.model.transformer import init_params
 from lsjax.scale.compile_only import compile_only_devices
 from lsjax.scale.flops import evaluation_flops, forward_flops, round_flops, step_flops
@@ -95,15 +96,23 @@ def evaluation_program(config: Config, topology: Topology) -> Ahead:
 
 
 def decode_programs(
-    config: Config, topology: Topology, strategy: Strategy, rows: int, prompt_tokens: int, new_tokens: int
+    config: Config,
+    topology: Topology,
+    strategy: Strategy,
+    rows: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    in_int8: bool = False,
 ) -> tuple[Ahead, Ahead]:
-    """(prefill, decoding loop) of a strategy, split over the first config.mesh.tensor devices, weights in bfloat16."""
+    """(prefill, decoding loop) of a strategy, split over the first config.mesh.tensor devices, weights in bfloat16 or
+    int8."""
     check_strategy(strategy, config.model.num_layers)
     ways = topology.size if config.mesh.tensor == -1 else config.mesh.tensor
     mesh = _mesh(MeshConfig(1, 1, ways), topology, ways)
-    abstract = jax.eval_shape(lambda: init_params(jax.random.key(0), config.model))
-    weights = jax.eval_shape(lambda params: decoder_weights(params, jnp.bfloat16), abstract)
-    weights = abstract_arrays(weights, decoder_shardings(weights, mesh))
+    weights = _decoder_weights(config.model, mesh, in_int8)
+    if getattr(strategy, "draft_weights", None):
+        rounded = _decoder_weights(config.model, mesh, in_int8=True)
+        weights |= {DRAFT: {"layers": rounded["layers"][: strategy.exit_layer], "lm_head": rounded["lm_head"]}}
     capacity = prompt_tokens + new_tokens + 64
     shape = DecodeShape(rows, prompt_tokens, capacity, new_tokens + 64, 1)
     with jax.set_mesh(mesh):
@@ -128,13 +137,25 @@ def decode_programs(
     )
 
 
+def _decoder_weights(config: ModelConfig, mesh: Mesh, in_int8: bool):
+    """Descriptions of them, with their shardings."""
+
+    def make():
+        params = init_params(jax.random.key(0), config)
+        return decoder_weights(quantize_params(params) if in_int8 else params, jnp.bfloat16)
+
+    weights = jax.eval_shape(make)
+    return abstract_arrays(weights, decoder_shardings(weights, mesh))
+
+
 def _decode_flops(config: Config, strategy: Strategy, prompt: int, capacity: int) -> tuple[dict, dict]:
     """Of a prompt's token, and of a row in a round."""
     c, layers = config.model, last_layer(config.model, strategy)
     forward = forward_flops(c, prompt)
     through = (forward.layers + forward.attention_causal) * layers / c.num_layers
     if strategy.name == "self_speculative":
-        a_round = round_flops(c, capacity, strategy.exit_layer, strategy.num_speculations, strategy.exit_layer)
+        verified_from = 0 if strategy.draft_weights else strategy.exit_layer
+        a_round = round_flops(c, capacity, strategy.exit_layer, strategy.num_speculations, verified_from)
     else:
         a_round = round_flops(c, capacity, layers, 1, None)
     return {"executed": through + forward.head / prompt}, {"executed": a_round}

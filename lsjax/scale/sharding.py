@@ -91,8 +91,10 @@ def decoder_shardings(weights, mesh: Mesh):
 
     def leaf_sharding(path, leaf):
         keys = [_key_name(key) for key in path]
-        in_layer = keys[0] == "layers"
-        axes = PARAMETER_AXES["/".join([keys[0], *keys[2:]] if in_layer else keys)][in_layer:]
+        parameter = "/".join(keys[:1] + keys[2:] if keys[0] == "layers" else keys)
+        if parameter not in PARAMETER_AXES:  # the values or the scale of a quantized one
+            parameter = parameter.rpartition("/")[0]
+        axes = PARAMETER_AXES[parameter][-leaf.ndim :]  # no layer axis here, and of a scale the outputs' alone
         partition = spec(*(None if axis == "width" else axis for axis in axes))
         return NamedSharding(mesh, _checked(partition, leaf.shape, mesh, "/".join(keys)))
 

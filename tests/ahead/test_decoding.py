@@ -1,6 +1,8 @@
 """The decoding loops as TPUs and GPUs would run them: no copy of a weight or a cache for any token."""
 
+import dataclasses
 import functools
+import math
 import re
 
 import pytest
@@ -38,11 +40,11 @@ def activations(rows: int, strategy) -> int:
 
 
 @functools.cache
-def compiled(topology: str, strategy, rows: int):
+def compiled(topology: str, strategy, rows: int, in_int8: bool = False):
     config = shallow(model={"num_layers": L}, mesh={"tensor": 1})
     c = config.model
     assert (c.width, c.num_kv_heads * c.head_width, c.feed_forward_width, c.vocab_size) == (D, D, F, V)
-    _, loop = decode_programs(config, parse_topology(topology), strategy, rows, PROMPT, NEW)
+    _, loop = decode_programs(config, parse_topology(topology), strategy, rows, PROMPT, NEW, in_int8)
     outcome = compile_ahead(loop)
     return hlo.parse(outcome.text), outcome.memory
 
@@ -108,3 +110,47 @@ def test_a_token_reads_each_weight_and_each_cache_once(topology, rows):
     program, _ = compiled(topology, lsjax.Autoregressive(), rows)
     once = L * (QKV + OUTPUT + GATE_UP + DOWN + 2 * cache_array(rows)) + HEAD
     assert once < memory_traffic(program) < 1.03 * once
+
+
+IN_INT8 = [(lsjax.Autoregressive(), True), (dataclasses.replace(DRAFTING, draft_weights="int8"), False)]
+
+
+@pytest.mark.parametrize(("strategy", "in_int8"), IN_INT8, ids=["int8_model", "int8_drafts"])
+@pytest.mark.parametrize("topology", ["gpu:h100:1x1", "gpu:a100-80:1x1", "tpu:v5e:1x1"])
+def test_int8_weights_are_read_as_they_are(topology, strategy, in_int8):
+    """Converted on the way into the product: what they stand for is written out nowhere in the loop."""
+    program, _ = compiled(topology, strategy, 1, in_int8)
+    work = list(inside_loops(program, program.entry))
+    quarter = D * D // 4  # of the smallest weight's entries: a TPU may take it in four parts
+    if in_int8:
+        made = [(i.shape, i.operation) for c, i in work if i.opcode not in _NO_WRITE and makes_floats(i, quarter)]
+        assert not [found for found in made if f"[1,32,{C},128]" not in found[0]]  # but caches
+    assert not [i.shape for c, i in work if written(program, c, i) >= D * D]
+    read = [i for c, i in work for name in i.operands if "s8[" in shape_of(program, c, name)]
+    layers = L if in_int8 else strategy.exit_layer
+    assert len(read) >= 4 * layers + 1
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("topology", ["gpu:h100:1x1", "gpu:a100-80:1x1"])
+def test_int8_weights_are_half_the_bytes(topology, rows):
+    """Of a model in int8, and of int8 drafts beside a verifying pass that reads all in bfloat16."""
+    layer, head = (QKV + OUTPUT + GATE_UP + DOWN) // 2, HEAD // 2
+    caches = 2 * cache_array(rows)
+    int8_pass = lambda layers: layers * (layer + caches) + head  # noqa: E731
+    moved = memory_traffic(compiled(topology, lsjax.Autoregressive(), rows, in_int8=True)[0])
+    assert int8_pass(L) < moved < 1.05 * int8_pass(L)
+    strategy = IN_INT8[1][0]
+    once = strategy.num_speculations * int8_pass(strategy.exit_layer) + L * (2 * layer + caches) + 2 * head
+    assert once < memory_traffic(compiled(topology, strategy, rows)[0]) < 1.08 * once
+
+
+def makes_floats(instruction: hlo.Instruction, entries: int) -> bool:
+    return any(
+        dtype in ("bf16", "f32") and math.prod(sizes) >= entries for dtype, sizes, _ in hlo.arrays(instruction.shape)
+    )
+
+
+def shape_of(program: hlo.Program, computation: str, name: str) -> str:
+    found = program.computations[computation].get(name)
+    return found.shape if found else ""

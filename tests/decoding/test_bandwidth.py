@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lsjax.decoding.bandwidth import PlainRead, bytes_per_pass
+from lsjax.decoding.bandwidth import PlainRead, bytes_per_round
 from lsjax.decoding.passes import decoder_weights, init_cache
+from lsjax.decoding.strategies import Autoregressive
 from tests.conftest import random_params
 
 
@@ -18,7 +19,7 @@ def test_a_pass_reads_every_weight_and_every_cache_entry(tiny, tied):
     arrays = [*jax.tree.leaves(weights["layers"]), weights["final_norm"]["scale"]]
     arrays += [weights["embed"] if tied else weights["lm_head"]]
     cache = jax.tree.leaves(init_cache(config, 3, 40, jnp.bfloat16))
-    assert bytes_per_pass(weights, config, 3, 40) == sum(a.size * 2 for a in (*arrays, *cache))
+    assert bytes_per_round(weights, config, Autoregressive(), 3, 40) == sum(a.size * 2 for a in (*arrays, *cache))
 
 
 def test_the_share_is_bytes_over_seconds_over_those_of_the_read(varied, varied_params):
