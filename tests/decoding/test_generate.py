@@ -90,7 +90,8 @@ def test_speedup_is_the_median_ratio_over_the_same_prompts():
         made = Trial.__new__(Trial)
         made.strategy, made.batches, made.compile_seconds = SelfSpeculative(1, 2), [None] * 4, 0.0
         stats = {
-            "strategy": "", "exit_layer": 1, "num_speculations": 2, "batch_size": 1, "new_tokens": 5,
+            "strategy": "", "exit_layer": 1, "num_speculations": 2, "draft_weights": None, "batch_size": 1,
+            "new_tokens": 5,
             "drafted": 4, "accepted": 2, "accepted_by_position": [1, 1], "rounds": 2, "tokens_per_second": None,
             "time_to_first_token_ms": 1.0,
         }  # fmt: skip
