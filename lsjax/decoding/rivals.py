@@ -122,6 +122,7 @@ class TransformersTrial(Trial):
             "strategy": self.label,
             "exit_layer": way.exit_layer,
             "num_speculations": way.num_speculations,
+            "lookup": None,
             "batch_size": len(tokens),
             "seconds": seconds,
             "ms_per_token": 1e3 * seconds / looped if looped else None,
@@ -130,6 +131,7 @@ class TransformersTrial(Trial):
             "rounds": 0,
             "drafted": 0,
             "accepted": 0,
+            "drafted_by_position": [],
             "accepted_by_position": [],
         }
         self.results[index].append(GenerateResult(tokens, [], [common | {"new_tokens": len(row)} for row in tokens]))

@@ -14,6 +14,7 @@ import numpy as np
 
 from lsjax.decoding.acceptance import draft_acceptance, expected_rounds
 from lsjax.decoding.strategies import AUTO, Autoregressive, SelfSpeculative, Strategy, check_strategy, is_auto
+from lsjax.errors import UserError
 from lsjax.loading import Model
 
 _LONGEST_DRAFT = 12
@@ -61,6 +62,8 @@ class Tuning:
 
     def at(self, strategy: Strategy) -> Setting | None:
         """What was predicted for a strategy, if it is in the table."""
+        if getattr(strategy, "lookup", 0):
+            return None
         pair = getattr(strategy, "exit_layer", None), getattr(strategy, "num_speculations", None)
         return next((setting for setting in self.table if setting[:2] == pair), None)
 
@@ -97,6 +100,8 @@ def settle(strategy: Strategy, model: Model, batch: Batch, make_program: MakePro
 def candidates(strategy: SelfSpeculative, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(exit layers, draft lengths) to choose from. A last quarter that verifies saves too little to be looked at."""
     exit_layer, drafts = strategy.exit_layer, strategy.num_speculations
+    if strategy.lookup:
+        raise UserError('lookup is no part of what "auto" measures: tune without it, then add it to the strategy found')
     check_strategy(SelfSpeculative(*(1 if value == AUTO else value for value in (exit_layer, drafts))), num_layers)
     exits = range(1, max(1, 3 * num_layers // 4) + 1) if exit_layer == AUTO else (exit_layer,)
     return tuple(exits), tuple(range(1, _LONGEST_DRAFT + 1)) if drafts == AUTO else (drafts,)
