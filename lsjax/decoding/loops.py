@@ -1,4 +1,4 @@
-"""The decoding loops: one `lax.while_loop` each, nothing on the host inside, a single predicate a round.
+"""The decoding loops: one `lax.while_loop` each, nothing on the host inside; one predicate a round, two with lookup.
 
 A loop ends when every row is done, or pauses after `pause` rounds in all, for its state to be looked at; called again
 with that state and a later pause, it goes on as if it had not paused.
@@ -130,7 +130,9 @@ def self_speculative_loop(
     def one_round(state: Decoding) -> Decoding:
         copied, found = look_up(state.text, state.length + 1, lookup)
         found &= ~state.done
-        return jax.lax.cond(jnp.any(found), copying_round, lambda state, *_: drafting_round(state), state, copied, found)
+        return jax.lax.cond(
+            jnp.any(found), copying_round, lambda state, *_: drafting_round(state), state, copied, found
+        )
 
     return jax.lax.while_loop(_goes_on(pause), one_round if lookup else drafting_round, state)
 
@@ -189,7 +191,9 @@ def draft(
     return drafts._replace(states=put(drafts.states, x[:, 0], num_speculations), cache=cache)
 
 
-def _copy_or_draft(weights, state, config, exit_layer, num_speculations, rule, copied, found) -> tuple[Drafts, jax.Array]:
+def _copy_or_draft(
+    weights, state, config, exit_layer, num_speculations, rule, copied, found
+) -> tuple[Drafts, jax.Array]:
     """(drafts, how many each row has [B]): `copied` [B, m] where `found` [B], else d of the early layers, as in a round
     without copies: a row's drafts must not depend on the other rows. `states` are not kept."""
     batch, length = copied.shape

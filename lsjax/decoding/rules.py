@@ -65,7 +65,7 @@ class Sampled(NamedTuple):
 
     def verify(self, drafts, drawn_by, logits, index, counts=None):
         p = jnp.exp(filtered_log_probabilities(logits, self.temperature, self.top_k, self.top_p))
-        real, drafted = _are_drafts(drafts, counts), drafts.shape[1]
+        real, drafted = jnp.broadcast_to(_are_drafts(drafts, counts), drafts.shape), drafts.shape[1]
         q = jnp.where(real[..., None], jnp.exp(drawn_by), 0.0)
         of_draft = lambda a: jnp.take_along_axis(a, drafts[..., None], axis=-1)[..., 0]  # noqa: E731
         accepted = leading((self._uniform(index, drafted) * of_draft(q) < of_draft(p[:, :drafted])) & real)
@@ -100,8 +100,8 @@ def _key(row_key: jax.Array, index: jax.Array, purpose: int) -> jax.Array:
 
 
 def _are_drafts(drafts: jax.Array, counts: jax.Array | None) -> jax.Array:
-    """Which of drafts [B,d] are any: a row's first counts[b], or all."""
-    return jnp.arange(drafts.shape[1]) < (jnp.array([drafts.shape[1]]) if counts is None else counts)[:, None]
+    """Which entries of drafts [B,d] are drafts: a row's first counts[b], or all."""
+    return jnp.arange(drafts.shape[1]) < (drafts.shape[1] if counts is None else counts[:, None])
 
 
 def leading(agree: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ class SelfSpeculative:
 
     "auto", for either or both, leaves the choice to what is measured on the prompts at hand (lsjax/decoding/tuning.py).
     lookup: where a text repeats itself, that many drafts are copied from it instead (prompt lookup), which all layers
-    verify in one pass; num_speculations may then be 0, for a model whose early layers draft badly. 0: nothing is copied.
+    verify in one pass; num_speculations may then be 0, for a model whose early layers draft badly. 0: no copies.
     """
 
     exit_layer: int | Literal["auto"]
