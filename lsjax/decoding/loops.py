@@ -1,4 +1,4 @@
-"""The decoding loops: one `lax.while_loop` each, nothing on the host inside; one predicate a round, two with lookup.
+"""The decoding loops: one `lax.while_loop` each, nothing on the host inside; one predicate a round.
 
 A loop ends when every row is done, or pauses after `pause` rounds in all, for its state to be looked at; called again
 with that state and a later pause, it goes on as if it had not paused.
@@ -127,14 +127,24 @@ def self_speculative_loop(
         block, accepted = rule.verify(drafted.tokens, drafted.drawn_by, logits, state.emitted, counts)
         return _commit(state._replace(cache=cache), block, accepted, counts, limit, stop)
 
-    def one_round(state: Decoding) -> Decoding:
+    goes_on = _goes_on(pause)
+    if not lookup:
+        return jax.lax.while_loop(goes_on, drafting_round, state)
+
+    def looked_up(state: Decoding) -> tuple[Decoding, jax.Array, jax.Array]:
         copied, found = look_up(state.text, state.length + 1, lookup)
-        found &= ~state.done
-        return jax.lax.cond(
-            jnp.any(found), copying_round, lambda state, *_: drafting_round(state), state, copied, found
+        return state, copied, found & ~state.done
+
+    def rounds(carry):
+        """Those without a match up to the next, then those with one. Branches in one loop would copy the cache."""
+        carry = jax.lax.while_loop(
+            lambda c: goes_on(c[0]) & ~jnp.any(c[2]), lambda c: looked_up(drafting_round(c[0])), carry
+        )
+        return jax.lax.while_loop(
+            lambda c: goes_on(c[0]) & jnp.any(c[2]), lambda c: looked_up(copying_round(*c)), carry
         )
 
-    return jax.lax.while_loop(_goes_on(pause), one_round if lookup else drafting_round, state)
+    return jax.lax.while_loop(lambda c: goes_on(c[0]), rounds, looked_up(state))[0]
 
 
 def _goes_on(pause: jax.Array | int) -> Callable[[Decoding], jax.Array]:
@@ -198,11 +208,15 @@ def _copy_or_draft(
     without copies: a row's drafts must not depend on the other rows. `states` are not kept."""
     batch, length = copied.shape
     width = max(length, num_speculations)
-    make = lambda: draft(weights, state, config, exit_layer, num_speculations, rule)  # noqa: E731
-    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(make)._replace(cache=()))
-    none = lambda: nothing._replace(cache=state.cache)  # noqa: E731
-    all_found = batch == 1 or num_speculations == 0  # none but rows with a match could draft
-    drafts = none() if all_found else jax.lax.cond(jnp.any(~found & ~state.done), make, none)
+
+    def make(drafts):
+        return draft(weights, state._replace(cache=drafts.cache), config, exit_layer, num_speculations, rule)
+
+    shapes = jax.eval_shape(make, state)._replace(cache=())
+    drafts = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)._replace(cache=state.cache)
+    if batch > 1 and num_speculations:
+        some_missed = jnp.any(~found & ~state.done).astype(jnp.int32)
+        drafts = jax.lax.fori_loop(0, some_missed, lambda _, drafts: make(drafts), drafts)
 
     def widen(a):
         return jnp.pad(a, ((0, 0), (0, width - a.shape[1]), *[(0, 0)] * (a.ndim - 2)))
