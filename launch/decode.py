@@ -6,6 +6,7 @@ On text that the run held out, or on a prompt of yours:
   python launch/decode.py --model=runs/demo --prompt="def main():"
   python launch/decode.py --model=SmolLM2-135M-Instruct.Q4_1.gguf --chat --prompt="What is the capital of France?"
   python launch/decode.py --model=runs/demo --prompt="import os" --temperature=0.8 --top_p=0.95 --seed=1
+  python launch/decode.py --model=runs/demo --exit_layer=2 --num_speculations=4 --lookup=8
   python launch/decode.py --model=runs/demo --compare=transformers
   python launch/decode.py --model=runs/demo --prompt="def main():" --stop="class " --stop=$'\n\n'
   python launch/decode.py --model=runs/demo --exit_layer=2 --draft_weights=int8
@@ -20,6 +21,7 @@ prompts. `speed-up` is against this run's own autoregressive decoding of the sam
 whether the tokens are exactly its tokens: always so for greedy self_speculative in float32.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +43,9 @@ EXIT_LAYER = commands.define_number_or_auto(
     "exit_layer", None, "E: layers that draft (default: a quarter of them), or auto: those predicted to be fastest."
 )
 NUM_SPECULATIONS = commands.define_number_or_auto("num_speculations", 4, "d: tokens drafted a round, or auto.")
+LOOKUP = flags.DEFINE_integer(
+    "lookup", 0, "Also self_speculative that copies so many drafts where the text repeats itself; d may then be 0."
+)
 SWEEP = flags.DEFINE_string("sweep", None, "Measure a grid of settings; leave sweep.csv and sweep.png in this folder.")
 SWEEP_EXIT_LAYERS = flags.DEFINE_list("sweep_exit_layers", None, "Exit layers of the grid (default: four up to L/2).")
 SWEEP_NUM_SPECULATIONS = flags.DEFINE_list("sweep_num_speculations", "1,2,3,4,6,8", "Draft lengths of the grid.")
@@ -105,6 +110,8 @@ def _sweep(model) -> dict:
 
     if EXIT_LAYER.present or NUM_SPECULATIONS.present or STRATEGIES.present:
         raise UserError("--sweep takes --sweep_exit_layers and --sweep_num_speculations, not a single setting")
+    if LOOKUP.value:
+        raise UserError("--sweep measures drafts of the early layers alone: leave --lookup away")
     if STOP.value or COMPARE.value:
         raise UserError("--sweep measures full lengths of our own settings: leave --stop and --compare away")
     given = SWEEP_EXIT_LAYERS.value
@@ -161,11 +168,17 @@ def _exit_layer(num_layers: int) -> int | str:
     return EXIT_LAYER.value if EXIT_LAYER.value is not None else max(1, num_layers // 4)
 
 
-def _strategies(num_layers: int, tuning, names: Sequence[str]) -> list:
-    from lsjax.decoding.strategies import Autoregressive, EarlyExit, SelfSpeculative
+def _drafting(num_layers: int, tuning):
+    from lsjax.decoding.strategies import SelfSpeculative
 
     given = _exit_layer(num_layers), NUM_SPECULATIONS.value, DRAFT_WEIGHTS.value
-    drafting = tuning.strategy if tuning else SelfSpeculative(*given)
+    return tuning.strategy if tuning else SelfSpeculative(*given)
+
+
+def _strategies(num_layers: int, tuning, names: Sequence[str]) -> list:
+    from lsjax.decoding.strategies import Autoregressive, EarlyExit
+
+    drafting = _drafting(num_layers, tuning)
     makers = {
         "autoregressive": lambda: Autoregressive(),
         "early_exit": lambda: EarlyExit(drafting.exit_layer),
@@ -174,7 +187,12 @@ def _strategies(num_layers: int, tuning, names: Sequence[str]) -> list:
     unknown = [name for name in names if name not in makers]
     if unknown or not names:
         raise UserError(f"--strategies: {unknown[0] if unknown else 'empty'!r} is not one of {', '.join(NAMES)}")
-    return [makers[name]() for name in names]
+    if LOOKUP.value and "self_speculative" not in names:
+        raise UserError("--lookup is a setting of self_speculative: put it into --strategies")
+    if not LOOKUP.value:
+        return [makers[name]() for name in names]
+    copying = dataclasses.replace(drafting, lookup=LOOKUP.value)
+    return [*(makers[name]() for name in names if name != "self_speculative" or drafting.num_speculations), copying]
 
 
 def _rivals(model, tuning):
@@ -185,9 +203,11 @@ def _rivals(model, tuning):
         raise UserError("--compare is for greedy decoding: leave --temperature at 0")
     if STOP.value:
         raise UserError("--compare knows no --stop: give one or the other")
+    if not NUM_SPECULATIONS.value:
+        raise UserError("--compare drafts with the early layers: it needs --num_speculations of at least 1")
     from lsjax.decoding.rivals import TransformersModel, TransformersTrial, ways
 
-    (speculative,) = _strategies(model.config.num_layers, tuning, ["self_speculative"])
+    speculative = _drafting(model.config.num_layers, tuning)
     known = ways(speculative.exit_layer, speculative.num_speculations, BATCH_SIZE.value)
     theirs = TransformersModel(model)
     return lambda batches: [TransformersTrial(theirs, way, batches) for way in known]

@@ -118,9 +118,10 @@ class Trial:
     @property
     def label(self) -> str:
         exit_layer = getattr(self.strategy, "exit_layer", None)
-        drafts = getattr(self.strategy, "num_speculations", None)
+        drafts, lookup = (getattr(self.strategy, key, 0) for key in ("num_speculations", "lookup"))
         in_int8 = " in int8" if getattr(self.strategy, "draft_weights", None) else ""
         parts = [f"exit layer {exit_layer}" if exit_layer else "", f"{drafts} drafts{in_int8}" if drafts else ""]
+        parts.append(f"{lookup} copied" if lookup else "")
         return ", ".join([self.strategy.name, *(part for part in parts if part)])
 
     def compile(self) -> None:
@@ -161,6 +162,7 @@ class Trial:
             "exit_layer": rows[0]["exit_layer"],
             "num_speculations": rows[0]["num_speculations"],
             "draft_weights": rows[0]["draft_weights"],
+            "lookup": rows[0]["lookup"],
             "batch_size": rows[0]["batch_size"],
             "new_tokens": new_tokens,
             "seconds": sum(self.medians("seconds")),
@@ -168,7 +170,7 @@ class Trial:
             "tokens_per_second": _median(self.medians("tokens_per_second")),
             "time_to_first_token_ms": _median(self.medians("time_to_first_token_ms")),
             "acceptance_rate": sum(row["accepted"] for row in rows) / drafted if drafted else None,
-            "acceptance_by_position": rates_by_position([(r["drafted"], r["accepted_by_position"]) for r in rows]),
+            "acceptance_by_position": rates_by_position(rows),
             "tokens_per_round": (new_tokens - len(rows)) / rounds if rounds else None,
             "speedup": _median([theirs / ours for theirs, ours in pairs]),
             "matches_autoregressive": self._tokens() == reference._tokens() if greedy else None,

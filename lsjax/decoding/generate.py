@@ -128,14 +128,12 @@ def _ending(model: Model, batch: PromptBatch, tokens: list[int]) -> tuple[str, s
     return text, "stop" if stopped or tokens[-1] in batch.stop else "length"
 
 
-def rates_by_position(counts: Sequence[tuple[int, list[int]]]) -> list[float | None]:
-    """Of `drafted` and `accepted_by_position` of one row or several: how often the i-th draft of a round was accepted.
-
-    Every round drafts d tokens, all of which count but in a row's last round: a remainder is of its first drafts.
-    """
-    accepted = [sum(column) for column in zip(*(by_position for _, by_position in counts), strict=True)]
-    drafts = len(accepted)
-    drafted = [sum(-((index - total) // drafts) for total, _ in counts) for index in range(drafts)]
+def rates_by_position(rows: Sequence[dict[str, Any]]) -> list[float | None]:
+    """Of the stats of one row or several: how often the i-th draft of a round was accepted."""
+    drafted, accepted = (
+        [sum(column) for column in zip(*(row[f"{what}_by_position"] for row in rows), strict=True)]
+        for what in ("drafted", "accepted")
+    )
     return [part / whole if whole else None for part, whole in zip(accepted, drafted, strict=True)]
 
 
@@ -195,6 +193,7 @@ class DecodeProgram:
             "exit_layer": getattr(self.strategy, "exit_layer", None),
             "num_speculations": getattr(self.strategy, "num_speculations", None),
             "draft_weights": getattr(self.strategy, "draft_weights", None),
+            "lookup": getattr(self.strategy, "lookup", None),
             "batch_size": rows,
             "seconds": seconds,
             "ms_per_token": 1e3 * seconds / looped if looped else None,
@@ -204,16 +203,21 @@ class DecodeProgram:
         texts, stats = [], []
         for row in range(rows):
             text, reason = _ending(model, batch, tokens[row])
-            drafted, accepted, rounds = (int(a[row]) for a in (state.drafted, state.accepted, state.rounds))
+            by_position = {
+                "drafted_by_position": state.drafted_at[row].tolist(),
+                "accepted_by_position": state.accepted_at[row].tolist(),
+            }
+            drafted, accepted = (sum(counts) for counts in by_position.values())
+            rounds = int(state.rounds[row])
             counts = {
                 "new_tokens": len(tokens[row]),
                 "finish_reason": reason,
                 "rounds": rounds,
                 "drafted": drafted,
                 "accepted": accepted,
-                "accepted_by_position": state.accepted_at[row].tolist(),
+                **by_position,
                 "acceptance_rate": accepted / drafted if drafted else None,
-                "acceptance_by_position": rates_by_position([(drafted, state.accepted_at[row].tolist())]),
+                "acceptance_by_position": rates_by_position([by_position]),
                 "tokens_per_round": (len(tokens[row]) - 1) / rounds if rounds else None,
             }
             texts.append(text)

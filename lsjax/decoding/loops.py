@@ -1,4 +1,4 @@
-"""The decoding loops: one `lax.while_loop` each, nothing on the host inside, a single predicate a round.
+"""The decoding loops: one `lax.while_loop` each, nothing on the host inside; one predicate a round.
 
 A loop ends when every row is done, or pauses after `pause` rounds in all, for its state to be looked at; called again
 with that state and a later pause, it goes on as if it had not paused.
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
+from lsjax.decoding.lookup import look_up
 from lsjax.decoding.passes import DRAFT, Cache, Weights, embed, run_layers
 from lsjax.decoding.rules import Greedy, Rule
 from lsjax.model.transformer import exit_logits
@@ -22,8 +23,9 @@ ALL_ROUNDS = 2**31 - 1  # a `pause` that never comes
 
 
 class Decoding(NamedTuple):
-    """The state of B rows being decoded. `tokens` [B, >= limit + d] has `emitted` valid entries a row;
-    `accepted_at` [B, d] counts the rounds in which a row's i-th draft was accepted."""
+    """The state of B rows being decoded. `tokens` [B, >= limit + d] has `emitted` valid entries a row; `drafted_at` and
+    `accepted_at` [B, d] count the rounds in which a row had an i-th draft, and in which it was accepted. `text` [B, C]
+    is the prompt and the new tokens, length + 1 of them valid; [B, 0] where no drafts are looked up in it."""
 
     cache: Cache
     tokens: jax.Array
@@ -32,9 +34,9 @@ class Decoding(NamedTuple):
     pending: jax.Array
     done: jax.Array
     rounds: jax.Array
-    drafted: jax.Array
-    accepted: jax.Array
+    drafted_at: jax.Array
     accepted_at: jax.Array
+    text: jax.Array
 
 
 def begin(
@@ -45,11 +47,15 @@ def begin(
     stop: jax.Array,
     room: int,
     num_speculations: int = 0,
+    prompts: jax.Array | None = None,
 ) -> Decoding:
     """After prefill: `first` [B] is already emitted. `room`: tokens a row may write, rounds past the limit
-    included. `limit` [] is max_new_tokens, `stop` [n] the ids that end a text."""
+    included. `limit` [] is max_new_tokens, `stop` [n] the ids that end a text. `prompts` [B, S]: for lookup."""
     batch = first.shape[0]
-    zeros = jnp.zeros(batch, jnp.int32)
+    zeros, counts = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, num_speculations), jnp.int32)
+    text = jnp.zeros((batch, 0), jnp.int32)
+    if prompts is not None:
+        text = jnp.pad(prompts, ((0, 0), (0, room))).at[jnp.arange(batch), lengths].set(first)
     return Decoding(
         cache=cache,
         tokens=jnp.zeros((batch, room), jnp.int32).at[:, 0].set(first),
@@ -58,9 +64,9 @@ def begin(
         pending=first,
         done=jnp.isin(first, stop) | (limit <= 1),
         rounds=zeros,
-        drafted=zeros,
-        accepted=zeros,
-        accepted_at=jnp.zeros((batch, num_speculations), jnp.int32),
+        drafted_at=counts,
+        accepted_at=counts,
+        text=text,
     )
 
 
@@ -95,14 +101,16 @@ def self_speculative_loop(
     num_speculations: int,
     rule: Rule = Greedy(),  # noqa: B008 (immutable)
     pause: jax.Array | int = ALL_ROUNDS,
+    lookup: int = 0,
 ) -> Decoding:
     """Rounds of: draft d tokens with the first E layers, verify all with the others, keep what `rule` accepts.
 
+    A row whose newest tokens stood in its text before takes `lookup` drafts from there instead; all layers verify them.
     Emits what the full model's decoding by the same rule would (when sampling: by the same distribution), whatever
     the drafts were.
     """
 
-    def one_round(state: Decoding) -> Decoding:
+    def drafting_round(state: Decoding) -> Decoding:
         drafted = draft(weights, state, config, exit_layer, num_speculations, rule)
         # Verify: the d+1 kept states through the remaining layers, in one pass over the same cache.
         x, late = drafted.states, range(exit_layer, config.num_layers)
@@ -114,7 +122,32 @@ def self_speculative_loop(
         block, accepted = rule.verify(drafted.tokens, drafted.drawn_by, logits, state.emitted)
         return _commit(state._replace(cache=cache), block, accepted, num_speculations, limit, stop)
 
-    return jax.lax.while_loop(_goes_on(pause), one_round, state)
+    def copying_round(state: Decoding, copied: jax.Array, found: jax.Array) -> Decoding:
+        drafted, counts = _copy_or_draft(weights, state, config, exit_layer, num_speculations, rule, copied, found)
+        x = embed(weights, jnp.concatenate([state.pending[:, None], drafted.tokens], axis=1))
+        x, cache = run_layers(weights, x, drafted.cache, state.length, range(config.num_layers), config)
+        logits = exit_logits(weights, x, config)
+        block, accepted = rule.verify(drafted.tokens, drafted.drawn_by, logits, state.emitted, counts)
+        return _commit(state._replace(cache=cache), block, accepted, counts, limit, stop)
+
+    goes_on = _goes_on(pause)
+    if not lookup:
+        return jax.lax.while_loop(goes_on, drafting_round, state)
+
+    def looked_up(state: Decoding) -> tuple[Decoding, jax.Array, jax.Array]:
+        copied, found = look_up(state.text, state.length + 1, lookup)
+        return state, copied, found & ~state.done
+
+    def rounds(carry):
+        """Those without a match up to the next, then those with one. Branches in one loop would copy the cache."""
+        carry = jax.lax.while_loop(
+            lambda c: goes_on(c[0]) & ~jnp.any(c[2]), lambda c: looked_up(drafting_round(c[0])), carry
+        )
+        return jax.lax.while_loop(
+            lambda c: goes_on(c[0]) & jnp.any(c[2]), lambda c: looked_up(copying_round(*c)), carry
+        )
+
+    return jax.lax.while_loop(lambda c: goes_on(c[0]), rounds, looked_up(state))[0]
 
 
 def _goes_on(pause: jax.Array | int) -> Callable[[Decoding], jax.Array]:
@@ -163,7 +196,9 @@ def draft(
         states=jnp.zeros((batch, num_speculations + 1, width), weights["embed"].dtype),
         cache=state.cache,
     )
-    last, drafts = jax.lax.fori_loop(0, num_speculations, draft_one, (state.pending, empty))
+    last, drafts = state.pending, empty
+    if num_speculations:
+        last, drafts = jax.lax.fori_loop(0, num_speculations, draft_one, (last, drafts))
     if DRAFT in weights:
         return drafts
     x, cache = run_layers(
@@ -172,8 +207,37 @@ def draft(
     return drafts._replace(states=put(drafts.states, x[:, 0], num_speculations), cache=cache)
 
 
+def _copy_or_draft(
+    weights, state, config, exit_layer, num_speculations, rule, copied, found
+) -> tuple[Drafts, jax.Array]:
+    """(drafts, how many each row has [B]): `copied` [B, m] where `found` [B], else d of the early layers, as in a round
+    without copies: a row's drafts must not depend on the other rows. `states` are not kept."""
+    batch, length = copied.shape
+    width = max(length, num_speculations)
+
+    def make(drafts):
+        return draft(weights, state._replace(cache=drafts.cache), config, exit_layer, num_speculations, rule)
+
+    shapes = jax.eval_shape(make, state)._replace(cache=())
+    drafts = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)._replace(cache=state.cache)
+    if batch > 1 and num_speculations:
+        some_missed = jnp.any(~found & ~state.done).astype(jnp.int32)
+        drafts = jax.lax.fori_loop(0, some_missed, lambda _, drafts: make(drafts), drafts)
+
+    def widen(a):
+        return jnp.pad(a, ((0, 0), (0, width - a.shape[1]), *[(0, 0)] * (a.ndim - 2)))
+
+    tokens = jnp.where(found[:, None], widen(copied), widen(drafts.tokens))
+    drawn_by = drafts.drawn_by
+    if drawn_by is not None:
+        # A copy is drawn from a distribution that has nothing else.
+        sure = jnp.where(tokens[..., None] == jnp.arange(config.vocab_size), 0.0, -jnp.inf)
+        drawn_by = jnp.where(found[:, None, None], sure, widen(drawn_by))
+    return drafts._replace(tokens=tokens, drawn_by=drawn_by), jnp.where(found, length, num_speculations)
+
+
 def _commit(
-    state: Decoding, block: jax.Array, accepted: jax.Array, drafted: int, limit: jax.Array, stop: jax.Array
+    state: Decoding, block: jax.Array, accepted: jax.Array, drafted: jax.Array | int, limit: jax.Array, stop: jax.Array
 ) -> Decoding:
     """Emits the first accepted[b] + 1 tokens of block [B, d+1], cut at the first stop token and at the limit.
 
@@ -188,7 +252,12 @@ def _commit(
     newest = jnp.take_along_axis(block, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
     active = ~state.done
     emitted = state.emitted + kept
+    judged = jnp.where(active, jnp.where(kept < agreed, kept, drafted), 0)
     counted = jnp.where(active, jnp.minimum(accepted, kept), 0)
+    places = jnp.arange(state.accepted_at.shape[1])
+    text = state.text
+    if text.shape[1]:
+        text = jnp.where(state.done[:, None], text, jax.vmap(write_row)(text, block, state.length + 1))
     return state._replace(
         # The whole block goes in; entries past `emitted` are overwritten by the next round or never read.
         tokens=jnp.where(state.done[:, None], state.tokens, jax.vmap(write_row)(state.tokens, block, state.emitted)),
@@ -197,7 +266,7 @@ def _commit(
         pending=jnp.where(active, newest, state.pending),
         done=state.done | (until_stop <= agreed) | (emitted >= limit),
         rounds=state.rounds + active,
-        drafted=state.drafted + jnp.where(active, jnp.where(kept < agreed, kept, drafted), 0),
-        accepted=state.accepted + counted,
-        accepted_at=state.accepted_at + (jnp.arange(state.accepted_at.shape[1]) < counted[:, None]),
+        drafted_at=state.drafted_at + (places < judged[:, None]),
+        accepted_at=state.accepted_at + (places < counted[:, None]),
+        text=text,
     )

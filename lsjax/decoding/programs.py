@@ -10,7 +10,7 @@ from lsjax.config import ModelConfig
 from lsjax.decoding.loops import ALL_ROUNDS, Decoding, autoregressive_loop, begin, self_speculative_loop
 from lsjax.decoding.passes import Weights, init_cache, prefill
 from lsjax.decoding.rules import Greedy, Rule
-from lsjax.decoding.strategies import SelfSpeculative, Strategy
+from lsjax.decoding.strategies import SelfSpeculative, Strategy, most_drafts
 from lsjax.scale.sharding import decoding_shardings, mesh_of, replicated_like
 
 
@@ -64,11 +64,12 @@ def _first_token(weights, tokens, lengths, limit, stop, rule, *, config, strateg
     cache = init_cache(config, shape.rows, shape.capacity, weights["embed"].dtype)
     logits, cache = prefill(weights, tokens, lengths, cache, config, range(last_layer(config, strategy)))
     first, _ = rule.choose(logits, jnp.zeros_like(lengths))
-    return begin(cache, first, lengths, limit, stop, shape.room, getattr(strategy, "num_speculations", 0))
+    prompts = tokens if getattr(strategy, "lookup", 0) else None
+    return begin(cache, first, lengths, limit, stop, shape.room, most_drafts(strategy), prompts)
 
 
 def _decode(weights, state: Decoding, limit, stop, rule, pause=ALL_ROUNDS, *, config: ModelConfig, strategy: Strategy):
     if isinstance(strategy, SelfSpeculative):
         drafting = strategy.exit_layer, strategy.num_speculations
-        return self_speculative_loop(weights, state, limit, stop, config, *drafting, rule, pause)
+        return self_speculative_loop(weights, state, limit, stop, config, *drafting, rule, pause, strategy.lookup)
     return autoregressive_loop(weights, state, limit, stop, config, last_layer(config, strategy), rule, pause)

@@ -123,6 +123,7 @@ class TransformersTrial(Trial):
             "exit_layer": way.exit_layer,
             "num_speculations": way.num_speculations,
             "draft_weights": None,
+            "lookup": None,
             "batch_size": len(tokens),
             "seconds": seconds,
             "ms_per_token": 1e3 * seconds / looped if looped else None,
@@ -131,6 +132,7 @@ class TransformersTrial(Trial):
             "rounds": 0,
             "drafted": 0,
             "accepted": 0,
+            "drafted_by_position": [],
             "accepted_by_position": [],
         }
         self.results[index].append(GenerateResult(tokens, [], [common | {"new_tokens": len(row)} for row in tokens]))

@@ -21,10 +21,15 @@ class Rule(Protocol):
         """logits [B,V] -> (tokens int32 [B], log-probabilities [B,V] they were drawn by; None when greedy)."""
 
     def verify(
-        self, drafts: jax.Array, drawn_by: jax.Array | None, logits: jax.Array, index: jax.Array
+        self,
+        drafts: jax.Array,
+        drawn_by: jax.Array | None,
+        logits: jax.Array,
+        index: jax.Array,
+        counts: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """drafts [B,d], drawn_by [B,d,V], the full model's logits [B,d+1,V] -> (block [B,d+1], accepted [B]): the
-        first accepted + 1 tokens of a row's block are its next ones."""
+        first accepted + 1 tokens of a row's block are its next ones. counts [B]: a row's drafts, where not all are."""
 
     def acceptance(self, draft_logits: jax.Array, logits: jax.Array) -> jax.Array:
         """The chance that a draft by one [...,V] is kept by the other: float32 [...]."""
@@ -36,10 +41,10 @@ class Greedy(NamedTuple):
     def choose(self, logits, index):
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
 
-    def verify(self, drafts, drawn_by, logits, index):
+    def verify(self, drafts, drawn_by, logits, index, counts=None):
         # Accept the longest prefix on which draft and verifier agree, plus the verifier's own next token.
         verified = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return verified, leading(drafts == verified[:, :-1])
+        return verified, leading((drafts == verified[:, :-1]) & _are_drafts(drafts, counts))
 
     def acceptance(self, draft_logits, logits):
         return (jnp.argmax(draft_logits, axis=-1) == jnp.argmax(logits, axis=-1)).astype(jnp.float32)
@@ -58,11 +63,12 @@ class Sampled(NamedTuple):
         log_p = filtered_log_probabilities(logits, self.temperature, self.top_k, self.top_p)
         return self._draw(log_p, index, _CHOOSE), log_p
 
-    def verify(self, drafts, drawn_by, logits, index):
+    def verify(self, drafts, drawn_by, logits, index, counts=None):
         p = jnp.exp(filtered_log_probabilities(logits, self.temperature, self.top_k, self.top_p))
-        q, drafted = jnp.exp(drawn_by), drafts.shape[1]
+        real, drafted = jnp.broadcast_to(_are_drafts(drafts, counts), drafts.shape), drafts.shape[1]
+        q = jnp.where(real[..., None], jnp.exp(drawn_by), 0.0)
         of_draft = lambda a: jnp.take_along_axis(a, drafts[..., None], axis=-1)[..., 0]  # noqa: E731
-        accepted = leading(self._uniform(index, drafted) * of_draft(q) < of_draft(p[:, :drafted]))
+        accepted = leading((self._uniform(index, drafted) * of_draft(q) < of_draft(p[:, :drafted])) & real)
         # At the first rejected draft norm(max(0, p - q)); after the last draft, where nothing was drafted, p itself.
         residual = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0.0)
         residual, p = (jnp.take_along_axis(a, accepted[:, None, None], axis=1)[:, 0] for a in (residual, p))
@@ -91,6 +97,11 @@ class Sampled(NamedTuple):
 def _key(row_key: jax.Array, index: jax.Array, purpose: int) -> jax.Array:
     key = jax.random.wrap_key_data(row_key, impl="threefry2x32")
     return jax.random.fold_in(jax.random.fold_in(key, index), purpose)
+
+
+def _are_drafts(drafts: jax.Array, counts: jax.Array | None) -> jax.Array:
+    """Which entries of drafts [B,d] are drafts: a row's first counts[b], or all."""
+    return jnp.arange(drafts.shape[1]) < (drafts.shape[1] if counts is None else counts[:, None])
 
 
 def leading(agree: jax.Array) -> jax.Array:

@@ -74,6 +74,5 @@ class Running:
         if end < now.emitted[row]:
             # As the loop counts at a stop token: drafts after it do not, and those before it were accepted.
             now.emitted[row] = end
-            now.drafted[row] = before.drafted[row] + kept
-            now.accepted[row] = before.accepted[row] + kept
-            now.accepted_at[row] = before.accepted_at[row] + (np.arange(now.accepted_at.shape[1]) < kept)
+            for counts, earlier in ((now.drafted_at, before.drafted_at), (now.accepted_at, before.accepted_at)):
+                counts[row] = earlier[row] + (np.arange(counts.shape[1]) < kept)

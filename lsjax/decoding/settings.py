@@ -62,7 +62,7 @@ class Tuning:
 
     def at(self, strategy: Strategy) -> Setting | None:
         """What was predicted for a strategy, if it is in the table."""
-        if getattr(strategy, "draft_weights", None):
+        if getattr(strategy, "draft_weights", None) or getattr(strategy, "lookup", 0):
             return None
         pair = getattr(strategy, "exit_layer", None), getattr(strategy, "num_speculations", None)
         return next((setting for setting in self.table if setting[:2] == pair), None)
@@ -102,6 +102,8 @@ def candidates(strategy: SelfSpeculative, num_layers: int) -> tuple[tuple[int, .
     exit_layer, drafts = strategy.exit_layer, strategy.num_speculations
     if strategy.draft_weights:
         raise UserError('"auto" predicts drafts by the model\'s own weights: with draft_weights give numbers')
+    if strategy.lookup:
+        raise UserError('lookup is no part of what "auto" measures: tune without it, then add it to the strategy found')
     check_strategy(SelfSpeculative(*(1 if value == AUTO else value for value in (exit_layer, drafts))), num_layers)
     exits = range(1, max(1, 3 * num_layers // 4) + 1) if exit_layer == AUTO else (exit_layer,)
     return tuple(exits), tuple(range(1, _LONGEST_DRAFT + 1)) if drafts == AUTO else (drafts,)

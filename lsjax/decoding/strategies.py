@@ -35,11 +35,14 @@ class SelfSpeculative:
     "auto", for either or both, leaves the choice to what is measured on the prompts at hand (lsjax/decoding/tuning.py).
     draft_weights="int8": drafts by an int8 copy of the early layers and the head, and all layers verify, in full
     precision; what the drafts left in the cache is overwritten, so the result is still the full model's.
+    lookup: where a text repeats itself, that many drafts are copied from it instead (prompt lookup), which all layers
+    verify in one pass; num_speculations may then be 0, for a model whose early layers draft badly. 0: no copies.
     """
 
     exit_layer: int | Literal["auto"]
     num_speculations: int | Literal["auto"]
     draft_weights: Literal["int8"] | None = None
+    lookup: int = 0
     name = "self_speculative"
 
 
@@ -58,6 +61,9 @@ Strategy = Autoregressive | EarlyExit | SelfSpeculative
 
 def check_strategy(strategy: Strategy, num_layers: int) -> None:
     """Raises UserError when the exit layer or the draft length is no number, or out of range."""
+    lookup = getattr(strategy, "lookup", 0)
+    if not isinstance(lookup, numbers.Integral) or not 0 <= lookup <= MAX_SPECULATIONS:
+        raise UserError(f"lookup must be a number in 0..{MAX_SPECULATIONS}, got {lookup!r}")
     for key in ("exit_layer", "num_speculations"):
         value = getattr(strategy, key, 1)
         if not isinstance(value, numbers.Integral):
@@ -66,8 +72,9 @@ def check_strategy(strategy: Strategy, num_layers: int) -> None:
     if not 1 <= exit_layer <= num_layers:
         raise UserError(f"exit_layer {exit_layer} is out of range: this model has layers 1..{num_layers}")
     drafted = getattr(strategy, "num_speculations", 1)
-    if not 1 <= drafted <= MAX_SPECULATIONS:
-        raise UserError(f"num_speculations {drafted} is out of range 1..{MAX_SPECULATIONS}")
+    least = 0 if lookup else 1
+    if not least <= drafted <= MAX_SPECULATIONS:
+        raise UserError(f"num_speculations {drafted} is out of range {least}..{MAX_SPECULATIONS}")
     drafting = getattr(strategy, "draft_weights", None)
     if drafting not in (None, INT8):
         raise UserError(f'draft_weights must be "{INT8}", or None for the model\'s own, got {drafting!r}')
@@ -91,6 +98,11 @@ def check_sampling(sampling: Sampling) -> None:
         raise UserError("top_k and top_p need a temperature above 0: at 0 decoding is greedy")
 
 
+def most_drafts(strategy: Strategy) -> int:
+    """How many drafts a round may have."""
+    return max(strategy.num_speculations, strategy.lookup) if isinstance(strategy, SelfSpeculative) else 0
+
+
 def lookahead(strategy: Strategy) -> int:
     """Cache entries past the last accepted token that a round may write."""
-    return strategy.num_speculations + 1 if isinstance(strategy, SelfSpeculative) else 1
+    return most_drafts(strategy) + 1

@@ -43,7 +43,7 @@ def decoding_table(report: dict[str, Any]) -> Table:
         table.add_row(
             run["strategy"] + (", int8 drafts" if run["draft_weights"] else ""),
             _text(run["exit_layer"]),
-            _text(run["num_speculations"]),
+            _drafts(run),
             _text(run["batch_size"]),
             _text(run["tokens_per_second"], ".0f"),
             _text(run["ms_per_token"], ".2f"),
@@ -55,6 +55,10 @@ def decoding_table(report: dict[str, Any]) -> Table:
             {True: "yes", False: "no", None: "-"}[run["matches_autoregressive"]],
         )
     return table
+
+
+def _drafts(run: dict[str, Any]) -> str:
+    return _text(run["num_speculations"]) + (f" or {run['lookup']} copied" if run.get("lookup") else "")
 
 
 def bandwidth_line(report: dict[str, Any]) -> str:

@@ -92,8 +92,8 @@ def test_speedup_is_the_median_ratio_over_the_same_prompts():
         stats = {
             "strategy": "", "exit_layer": 1, "num_speculations": 2, "draft_weights": None, "batch_size": 1,
             "new_tokens": 5,
-            "drafted": 4, "accepted": 2, "accepted_by_position": [1, 1], "rounds": 2, "tokens_per_second": None,
-            "time_to_first_token_ms": 1.0,
+            "drafted": 4, "accepted": 2, "drafted_by_position": [2, 2], "accepted_by_position": [1, 1], "rounds": 2,
+            "tokens_per_second": None, "time_to_first_token_ms": 1.0, "lookup": 0,
         }  # fmt: skip
         # Three repeats around each time: the median is the time itself.
         made.results = [

@@ -70,10 +70,14 @@ def params():
 
 @pytest.fixture(scope="module")
 def next_logits(params):
+    return logits_after(params, PROMPT)
+
+
+def logits_after(params, prompt):
     """{tokens after the prompt: logits of the full model, of exit 1} for every continuation of up to two tokens."""
     texts = [text for n in range(NEW) for text in itertools.product(range(SMALL.vocab_size), repeat=n)]
-    padded = np.array([[*PROMPT, *text, *[0] * (NEW - len(text))] for text in texts])
-    last = [len(PROMPT) + len(text) - 1 for text in texts]
+    padded = np.array([[*prompt, *text, *[0] * (NEW - len(text))] for text in texts])
+    last = [len(prompt) + len(text) - 1 for text in texts]
     pick = lambda logits: np.asarray(logits)[np.arange(len(texts)), last]  # noqa: E731
     only_first = jnp.array([1.0, 0.0, 0.0])
     full, early = forward(params, padded, SMALL), forward(params, padded, SMALL, only_first)
@@ -88,18 +92,18 @@ def enumerated(next_logits, s: Sampling) -> np.ndarray:
     return joint
 
 
-def sampled(params, strategy, s: Sampling, count: int) -> np.ndarray:
+def sampled(params, strategy, s: Sampling, count: int, prompt: tuple = PROMPT) -> np.ndarray:
     """How often each text of three tokens came out: [7, 7, 7]. One row, over and over, with other keys."""
     weights = decoder_weights(params, jnp.float32)
     how = {"config": SMALL, "strategy": strategy}
     shape = DecodeShape(rows=1, bucket=16, capacity=32, room=16, stops=1)
     tokens = np.zeros((1, 16), np.int32)
-    tokens[0, : len(PROMPT)] = PROMPT
+    tokens[0, : len(prompt)] = prompt
 
     def one(key):
         rule = Sampled(jax.random.key_data(key)[None], *by_value(s))
         inputs = jnp.int32(NEW), jnp.array([-1]), rule
-        state = programs._first_token(weights, tokens, jnp.array([len(PROMPT)]), *inputs, **how, shape=shape)
+        state = programs._first_token(weights, tokens, jnp.array([len(prompt)]), *inputs, **how, shape=shape)
         return programs._decode(weights, state, *inputs, **how).tokens[0, :NEW]
 
     many = jax.jit(jax.vmap(one))
@@ -126,6 +130,7 @@ def excess(counts: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 DRAFTING = lsjax.SelfSpeculative(exit_layer=1, num_speculations=2)
+COPYING = lsjax.SelfSpeculative(exit_layer=1, num_speculations=2, lookup=2)
 
 
 def test_the_drafter_disagrees_strongly(next_logits):
@@ -160,6 +165,14 @@ def judge_unfiltered(self, drafts, drawn_by, logits, index):
 
 
 verify = Sampled.verify
+
+
+@pytest.mark.parametrize("s", SETTINGS[1:3], ids=str)
+def test_copied_drafts_change_no_distribution(params, s):
+    """After nearly every first token there is something to copy."""
+    prompt = (1, 0, 1, 2, 1, 3, 1, 4, 1, 5, 1, 6, 1)
+    counts = sampled(params, COPYING, s, 50_000, prompt)
+    assert excess(counts, enumerated(logits_after(params, prompt), s)) < 1
 
 
 @pytest.mark.parametrize("broken", [accept_all, replace_from_p, judge_unfiltered], ids=lambda f: f.__name__)
