@@ -44,6 +44,9 @@ SWEEP = flags.DEFINE_string("sweep", None, "Measure a grid of settings; leave sw
 SWEEP_EXIT_LAYERS = flags.DEFINE_list("sweep_exit_layers", None, "Exit layers of the grid (default: four up to L/2).")
 SWEEP_NUM_SPECULATIONS = flags.DEFINE_list("sweep_num_speculations", "1,2,3,4,6,8", "Draft lengths of the grid.")
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over (tensor parallelism).")
+KERNELS = flags.DEFINE_enum(
+    "kernels", "auto", ["auto", "on", "off"], "Pallas kernels for the KV cache; auto: where they move fewer bytes."
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Prompts decoded together.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate for each prompt.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy; above, tokens are drawn.")
@@ -64,7 +67,7 @@ def main() -> None:
 
     if REPORT.value:
         check_writable(Path(REPORT.value), "--report")
-    model = load(MODEL.value, tensor=TENSOR.value)
+    model = load(MODEL.value, tensor=TENSOR.value, kernels=KERNELS.value)
     report = _sweep(model) if SWEEP.value else _compare(model)
     if REPORT.value:
         write_atomically(Path(REPORT.value), json.dumps(report, indent=2))

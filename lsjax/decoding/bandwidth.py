@@ -11,14 +11,14 @@ from lsjax.config import ModelConfig
 from lsjax.decoding.passes import Weights
 
 
-def bytes_per_pass(weights: Weights, config: ModelConfig, rows: int, capacity: int) -> int:
-    """What a pass for one token a row reads: every weight but an embedding that is only looked up, and the caches of
-    `capacity` entries a row, which attention reads whole."""
+def bytes_per_pass(weights: Weights, config: ModelConfig, rows: int, entries: int) -> int:
+    """What a pass for one token a row reads: every weight but an embedding that is only looked up, and the
+    `entries` of each row's cache that attention reads."""
     read = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     if "lm_head" in weights:
         read -= weights["embed"].nbytes
     entry = 2 * config.num_layers * config.num_kv_heads * config.head_width * weights["embed"].dtype.itemsize
-    return read + rows * capacity * entry
+    return read + rows * entries * entry
 
 
 class PlainRead:

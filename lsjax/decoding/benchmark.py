@@ -119,7 +119,7 @@ class Trial:
 
     def compile(self) -> None:
         weights = self.model.decoder_weights
-        self.compile_seconds = sum(program.compile(weights) for program in self.programs)
+        self.compile_seconds = sum(program.compile(weights, self.model.kernels) for program in self.programs)
         self.programs[0].run(self.model, self.batches[0])  # warm-up, not counted
 
     def measure(self, index: int) -> None:
@@ -136,7 +136,7 @@ class Trial:
     def bytes_per_pass(self) -> int:
         """Of autoregressive decoding, on average over the batches."""
         weights, rows = self.model.decoder_weights, len(self.batches[0].lengths)
-        sizes = [bytes_per_pass(weights, self.model.config, rows, program.capacity) for program in self.programs]
+        sizes = [bytes_per_pass(weights, self.model.config, rows, program.entries_read) for program in self.programs]
         return sum(sizes) // len(sizes)
 
     def seconds_per_pass(self) -> float | None:
@@ -167,6 +167,7 @@ class Trial:
             "tokens_per_round": (new_tokens - len(rows)) / rounds if rounds else None,
             "speedup": _median([theirs / ours for theirs, ours in pairs]),
             "matches_autoregressive": self._tokens() == reference._tokens() if greedy else None,
+            "kernels": rows[0].get("kernels"),
             "compile_seconds": self.compile_seconds,
         }
 

@@ -210,7 +210,7 @@ def _round_time(result) -> float:
 
 def _compiled(model: Model, make_program: MakeProgram, strategy: Strategy, batch: Batch):
     program = make_program(model.config, strategy, batch)
-    program.compile(model.decoder_weights)
+    program.compile(model.decoder_weights, model.kernels)
     return program
 
 

@@ -6,11 +6,15 @@ import jax.experimental.pallas.tpu as pltpu
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 
 # A DMA that nobody waits for never happens ("on_wait"), and memory holds NaN before it is written.
-_WATCHED = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
+WATCHED = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
+
+
+# For whole programs, whose kernels have tests of their own.
+UNWATCHED = pltpu.InterpretParams(dma_execution_mode="eager", uninitialized_memory="nan")
 
 
 @contextlib.contextmanager
-def simulated_tpu(watched: pltpu.InterpretParams = _WATCHED):
+def simulated_tpu(watched: pltpu.InterpretParams = WATCHED):
     """What is traced inside runs on a TPU that is simulated, and must not race."""
     simulator.reset_tpu_interpret_mode_state()
     try:
