@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 MAX_TOKENS = 16
 _GROUP_BYTES = 4 << 20  # of VMEM for the windows of the rows that are written together
+_GROUP_ROWS = 32  # a TPU has 512 semaphores; a row takes two
 
 
 def tile_entries(dtype: jnp.dtype) -> int:
@@ -77,7 +78,7 @@ def write(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
 
 def _group(rows: int, row_bytes: int) -> int:
     """How many rows to write together: they divide the batch, and their windows fit."""
-    divisors = [size for size in range(1, rows + 1) if rows % size == 0]
+    divisors = [size for size in range(1, min(rows, _GROUP_ROWS) + 1) if rows % size == 0]
     return max(size for size in divisors if size == 1 or size * row_bytes <= _GROUP_BYTES)
 
 

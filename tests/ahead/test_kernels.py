@@ -42,8 +42,15 @@ def write_for_a_while(cache, new, positions, until):
     return jax.lax.while_loop(lambda carry: carry[0] < until, step, (0, cache))
 
 
-# Rows, KV heads, capacity, head width, tokens.
-WRITES = [(4, 8, 4096, 128, 1), (1, 32, 4096, 128, 5), (3, 1, 1024, 64, 16), (8, 3, 1024, 64, 2)]
+# Rows, KV heads, capacity, head width, tokens. The last two: as many semaphores, and as much of VMEM, as any.
+WRITES = [
+    (4, 8, 4096, 128, 1),
+    (1, 32, 4096, 128, 5),
+    (3, 1, 1024, 64, 16),
+    (8, 3, 1024, 64, 2),
+    (512, 1, 512, 64, 1),
+    (64, 32, 512, 128, 1),
+]
 
 
 @pytest.mark.parametrize("shape", WRITES)
@@ -57,7 +64,7 @@ def test_write_moves_no_cache(topology, dtype, shape):
     program = compiled(topology, write_for_a_while, *arrays, donate=0)
     memory, size = program.memory_analysis(), np.prod(cache) * jnp.dtype(dtype).itemsize
     assert memory.alias_size_in_bytes == size
-    assert memory.temp_size_in_bytes < min(size, 1 << 20)
+    assert memory.temp_size_in_bytes < min(size, 4 << 20)
     assert not copies(program.as_text(), np.prod(cache))
     assert "kv_write" in program.as_text()
 
