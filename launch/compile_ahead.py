@@ -36,6 +36,12 @@ DRAFT_WEIGHTS = flags.DEFINE_enum("draft_weights", None, ["int8"], "Decoding: dr
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Decoding: prompts at a time.", lower_bound=1)
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 1024, "Decoding: tokens of a prompt.", lower_bound=1)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Decoding: tokens to generate.", lower_bound=1)
+KERNELS = flags.DEFINE_enum(
+    "kernels",
+    "auto",
+    ["auto", "on", "off"],
+    "Decoding: Pallas kernels for the KV cache; auto: where they move fewer bytes.",
+)
 REPORT = flags.DEFINE_string("report", None, "Write the results to this JSON file.")
 flags.mark_flags_as_required(["config", "topology"])
 
@@ -89,9 +95,10 @@ def _programs(config, topology) -> list:
     exit_layer = EXIT_LAYER.value if EXIT_LAYER.value is not None else max(1, config.model.num_layers // 4)
     drafting = SelfSpeculative(exit_layer, NUM_SPECULATIONS.value, DRAFT_WEIGHTS.value)
     strategies = [Autoregressive(), EarlyExit(exit_layer), drafting]
-    sizes = BATCH_SIZE.value, PROMPT_TOKENS.value, MAX_NEW_TOKENS.value, WEIGHTS.value == "int8"
+    sizes = BATCH_SIZE.value, PROMPT_TOKENS.value, MAX_NEW_TOKENS.value
+    how = {"in_int8": WEIGHTS.value == "int8", "kernels": KERNELS.value}
     wanted = [s for s in strategies if PROGRAM.value in ("decode", s.name)]
-    return [program for s in wanted for program in ahead.decode_programs(config, topology, s, *sizes)]
+    return [program for s in wanted for program in ahead.decode_programs(config, topology, s, *sizes, **how)]
 
 
 def _search(config, topology) -> list:

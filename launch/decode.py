@@ -54,6 +54,9 @@ DRAFT_WEIGHTS = flags.DEFINE_enum(
     "draft_weights", None, ["int8"], "Draft with int8 copies of the early layers; all layers verify, as they are."
 )
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over (tensor parallelism).")
+KERNELS = flags.DEFINE_enum(
+    "kernels", "auto", ["auto", "on", "off"], "Pallas kernels for the KV cache; auto: where they move fewer bytes."
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Prompts decoded together.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate for each prompt.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy; above, tokens are drawn.")
@@ -78,7 +81,7 @@ def main() -> None:
         raise UserError("--draft_weights goes with neither --weights (its drafts are in int8 already) nor --sweep")
     if COMPARE.value and WEIGHTS.value:
         raise UserError("--compare is of the same weights: leave --weights away")
-    model = load(MODEL.value, tensor=TENSOR.value)
+    model = load(MODEL.value, tensor=TENSOR.value, kernels=KERNELS.value)
     model = quantize(model) if WEIGHTS.value else model
     report = _sweep(model) if SWEEP.value else _compare(model)
     if REPORT.value:

@@ -21,6 +21,7 @@ from lsjax.model.quantized import is_quantized, quantize_params
 from lsjax.model.transformer import Params
 from lsjax.scale.sharding import make_mesh, tree_shardings
 from lsjax.training import workdir as workdirs
+from pallas_kernels.kv_cache.interface import SETTINGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Model:
     tokenizer: Tokenizer
     path: str = ""
     step: int | None = None
+    kernels: str = "auto"  # "on", "off": whether kernels write and read the KV cache in decoding
 
     @functools.cached_property
     def decoder_weights(self) -> Weights:
@@ -86,19 +88,22 @@ def default_dtype() -> jnp.dtype:
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def load(path: str | Path, dtype: str | jnp.dtype | None = None, tensor: int = 1) -> Model:
+def load(path: str | Path, dtype: str | jnp.dtype | None = None, tensor: int = 1, kernels: str = "auto") -> Model:
     """The model at a path: a training workdir (its latest checkpoint), a Hugging Face folder or a GGUF file.
 
     dtype: of the parameters; None is float32 on CPU and bfloat16 elsewhere, "stored" keeps what the files have.
     tensor: devices to split it over, by heads, feed-forward and vocabulary; each then computes its part of every
-    token. Raises UserError that says what is missing, damaged or unknown, or does not divide; a model is loaded whole
-    or not at all.
+    token. kernels: whether Pallas kernels write and read the KV cache in decoding; "auto" is where they move fewer
+    bytes, and what they cannot do plain JAX does. Raises UserError that says what is missing, damaged or unknown, or
+    does not divide; a model is loaded whole or not at all.
     """
+    if kernels not in SETTINGS:
+        raise UserError(f"kernels is {kernels!r}; it must be one of {', '.join(SETTINGS)}")
     source = open_model(path)
     dtype = source.stored_dtypes() if dtype == "stored" else jnp.dtype(dtype or default_dtype())
     abstract = abstract_params(source.config)
     params = source.load_params(abstract_like(abstract, dtype, _placement(abstract, tensor)))
-    return Model(source.config, params, source.tokenizer, str(path), source.step)
+    return Model(source.config, params, source.tokenizer, str(path), source.step, kernels)
 
 
 def _placement(abstract: Params, tensor: int):

@@ -90,6 +90,7 @@ BAD_DECODING = {
     "strategy": (["--model={run}", "--strategies=magic"], "magic"),
     "report folder": (["--model={run}", "--report={tmp}/no/report.json"], "folder does not exist"),
     "report over a folder": (["--model={run}", "--report={tmp}"], "it is a folder"),
+    "kernels": (["--model={run}", "--kernels=some"], "value should be one of <auto|on|off>"),
     "model is a file": (["--model={tmp}/null.jsonl"], "is a file, but not GGUF"),
     "a model without held-out text": (["--model={hf}"], "give --prompt or --prompts"),
     "chat without a template": (["--model={hf}", "--chat", "--prompt=hi"], "no chat template"),
@@ -143,6 +144,7 @@ def test_decode_prints_a_table_and_writes_the_report(workdir, tmp_path):
     }  # fmt: skip
     assert all(keys <= set(run) for run in report["runs"])
     assert report["runs"][2]["matches_autoregressive"] is True
+    assert {run["kernels"] for run in report["runs"]} == {"plain (no kernels for cpu)"}
 
 
 def test_decode_prints_the_continuation_of_a_prompt(workdir):

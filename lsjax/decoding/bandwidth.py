@@ -13,13 +13,13 @@ from lsjax.decoding.programs import last_layer
 from lsjax.decoding.strategies import SelfSpeculative, Strategy
 
 
-def bytes_per_round(weights: Weights, config: ModelConfig, strategy: Strategy, rows: int, capacity: int) -> int:
+def bytes_per_round(weights: Weights, config: ModelConfig, strategy: Strategy, rows: int, entries: int) -> int:
     """What a round of a strategy reads (a pass for one token a row, where nothing is drafted): for each of its passes
-    every weight but an embedding that is only looked up, and the caches of `capacity` entries a row, which attention
-    reads whole. d drafts through E layers, and L layers once: whether d + 1 tokens go through all of them at once, or
-    one through the early and all through the others, is the same.
+    every weight but an embedding that is only looked up, and the `entries` of each row's cache that attention reads.
+    d drafts through E layers, and L layers once: whether d + 1 tokens go through all of them at once, or one through
+    the early and all through the others, is the same. A round of copies reads the L layers alone, and is not counted.
     """
-    cache = 2 * rows * capacity * config.num_kv_heads * config.head_width * weights["embed"].dtype.itemsize
+    cache = 2 * rows * entries * config.num_kv_heads * config.head_width * weights["embed"].dtype.itemsize
 
     def one_pass(weights: Weights, layers: int) -> int:
         head = weights["final_norm"], weights["lm_head" if "lm_head" in weights else "embed"]

@@ -125,7 +125,8 @@ class Trial:
         return ", ".join([self.strategy.name, *(part for part in parts if part)])
 
     def compile(self) -> None:
-        self.compile_seconds = sum(program.compile(program.weights(self.model)) for program in self.programs)
+        how = self.model.kernels
+        self.compile_seconds = sum(program.compile(program.weights(self.model), how) for program in self.programs)
         self.programs[0].run(self.model, self.batches[0])  # warm-up, not counted
 
     def measure(self, index: int) -> None:
@@ -142,7 +143,7 @@ class Trial:
     def bytes_per_round(self) -> int:
         """Read at the least, on average over the batches."""
         how = self.programs[0].weights(self.model), self.model.config, self.strategy, len(self.batches[0].lengths)
-        return sum(bytes_per_round(*how, program.capacity) for program in self.programs) // len(self.programs)
+        return sum(bytes_per_round(*how, program.entries_read) for program in self.programs) // len(self.programs)
 
     def seconds_per_pass(self) -> float | None:
         rounds = sum(max(row["rounds"] for row in results[0].stats) for results in self.results)
@@ -174,6 +175,7 @@ class Trial:
             "tokens_per_round": (new_tokens - len(rows)) / rounds if rounds else None,
             "speedup": _median([theirs / ours for theirs, ours in pairs]),
             "matches_autoregressive": self._tokens() == reference._tokens() if greedy else None,
+            "kernels": rows[0].get("kernels"),
             "compile_seconds": self.compile_seconds,
         }
 

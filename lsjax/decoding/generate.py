@@ -12,13 +12,14 @@ from lsjax.config import ModelConfig
 from lsjax.decoding.batch import PromptBatch
 from lsjax.decoding.loops import Decoding
 from lsjax.decoding.passes import DRAFT, Weights
-from lsjax.decoding.programs import DecodeShape, lower_decoding
+from lsjax.decoding.programs import DecodeShape, cache_use, choose_kernels, lower_decoding
 from lsjax.decoding.rules import Rule
 from lsjax.decoding.running import Running
 from lsjax.decoding.settings import settle
 from lsjax.decoding.stops import final_text, text_so_far
 from lsjax.decoding.strategies import Autoregressive, Sampling, Strategy, check_strategy, lookahead
 from lsjax.loading import Model
+from pallas_kernels.kv_cache.interface import KERNELS, Kernels
 
 _CAPACITY_STEP = 64
 
@@ -118,7 +119,7 @@ def _pieces(model: Model, batch: PromptBatch, running: Running) -> Iterator[Piec
 
 def _compiled_program(model: Model, strategy: Strategy, batch: PromptBatch) -> "DecodeProgram":
     program = DecodeProgram(model.config, settle(strategy, model, batch, DecodeProgram), batch)
-    program.compile(program.weights(model))
+    program.compile(program.weights(model), model.kernels)
     return program
 
 
@@ -138,7 +139,11 @@ def rates_by_position(rows: Sequence[dict[str, Any]]) -> list[float | None]:
 
 
 class DecodeProgram:
-    """Prefill and decoding loop of one strategy, compiled ahead for the shapes of a batch."""
+    """Prefill and decoding loop of one strategy, compiled ahead for the shapes of a batch. `kernels`: what writes and
+    reads the cache, `entries_read`: of a row's cache, by a pass, about; both once compiled."""
+
+    kernels: Kernels
+    entries_read: int
 
     def __init__(self, config: ModelConfig, strategy: Strategy, batch: PromptBatch):
         check_strategy(strategy, config.num_layers)
@@ -155,12 +160,16 @@ class DecodeProgram:
             return model.decoder_weights
         return model.decoder_weights | {DRAFT: model.draft_weights(self.strategy.exit_layer)}
 
-    def compile(self, weights: Weights) -> float:
-        """Compiles for these weights unless done before; seconds it took."""
+    def compile(self, weights: Weights, kernels: str = "auto") -> float:
+        """Compiles for these weights, with or without kernels, unless done before; seconds it took."""
         began = time.perf_counter()
         layout = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
         leaves, tree = jax.tree.flatten(layout)
-        self._prefill, self._decode = _compiled(tree, tuple(leaves), *self._arguments)
+        config, strategy, shape, rule = self._arguments
+        self.kernels = choose_kernels(kernels, weights, config, strategy, shape, None)
+        self.entries_read = KERNELS[self.kernels.name].entries_read(cache_use(weights, config, strategy, shape))
+        shape = shape._replace(kernels=self.kernels.name)
+        self._prefill, self._decode = _compiled(tree, tuple(leaves), config, strategy, shape, rule)
         return time.perf_counter() - began
 
     def start(self, model: Model, batch: PromptBatch) -> Running:
@@ -195,6 +204,7 @@ class DecodeProgram:
             "draft_weights": getattr(self.strategy, "draft_weights", None),
             "lookup": getattr(self.strategy, "lookup", None),
             "batch_size": rows,
+            "kernels": str(self.kernels),
             "seconds": seconds,
             "ms_per_token": 1e3 * seconds / looped if looped else None,
             "tokens_per_second": looped / seconds if looped else None,

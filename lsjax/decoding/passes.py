@@ -13,7 +13,7 @@ from lsjax.model.quantized import cast
 from lsjax.model.rope import rotation
 from lsjax.model.transformer import Params, apply_layer, exit_logits
 from lsjax.scale.sharding import decoder_shardings, mesh_of
-from pallas_kernels.kv_cache import reference as kv_cache
+from pallas_kernels.kv_cache import interface as kv_cache
 
 Weights = dict[str, Any]
 Cache = tuple[kv_cache.LayerCache, ...]
@@ -42,10 +42,12 @@ def decoder_weights(params: Params, dtype: jnp.dtype, for_cpu: bool = False) -> 
     return jax.jit(unstack, out_shardings=shardings)(params)
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
+def init_cache(
+    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, kernels: str = kv_cache.PLAIN
+) -> Cache:
     """An empty cache of `capacity` tokens a row, one LayerCache a layer, each its own array."""
     return tuple(
-        kv_cache.init_layer_cache(batch, config.num_kv_heads, capacity, config.head_width, dtype)
+        kv_cache.init_layer_cache(batch, config.num_kv_heads, capacity, config.head_width, dtype, kernels)
         for _ in range(config.num_layers)
     )
 
@@ -84,13 +86,12 @@ def prefill(
     batch, length = tokens.shape
     if length > PREFILL_CHUNK:
         return _prefill_by_chunks(weights, tokens, lengths, cache, config, layers)
-    start = jnp.zeros(batch, jnp.int32)
     cos_sin = rotation(jnp.broadcast_to(jnp.arange(length), (batch, length)), config)
     x, cache = embed(weights, tokens), list(cache)
     for index in layers:
 
         def attend(q, k, v, old=cache[index]):
-            return plain_attention(q, k, v), kv_cache.write(old, k, v, start)
+            return plain_attention(q, k, v), kv_cache.fill(old, k, v)
 
         x, cache[index] = apply_layer(weights["layers"][index], x, cos_sin, attend, config)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)

@@ -1,6 +1,7 @@
 """The two programs behind every strategy, prefill and the decoding loop, as functions of arrays."""
 
 import functools
+import logging
 from typing import NamedTuple
 
 import jax
@@ -10,18 +11,46 @@ from lsjax.config import ModelConfig
 from lsjax.decoding.loops import ALL_ROUNDS, Decoding, autoregressive_loop, begin, self_speculative_loop
 from lsjax.decoding.passes import Weights, init_cache, prefill
 from lsjax.decoding.rules import Greedy, Rule
-from lsjax.decoding.strategies import SelfSpeculative, Strategy, most_drafts
+from lsjax.decoding.strategies import SelfSpeculative, Strategy, lookahead, most_drafts
 from lsjax.scale.sharding import decoding_shardings, mesh_of, replicated_like
+from pallas_kernels.kv_cache import interface as kv_cache
 
 
 class DecodeShape(NamedTuple):
-    """Static sizes: rows B, tokens a prompt is padded to, cache entries C, tokens a row may write, stop tokens."""
+    """Static sizes: rows B, tokens a prompt is padded to, cache entries C, tokens a row may write, stop tokens; and
+    by what the cache is written and read (a name of kv_cache.KERNELS)."""
 
     rows: int
     bucket: int
     capacity: int
     room: int
     stops: int
+    kernels: str = kv_cache.PLAIN
+
+
+def choose_kernels(
+    setting: str, weights: Weights, config: ModelConfig, strategy: Strategy, shape: DecodeShape, platform: str | None
+) -> kv_cache.Kernels:
+    """By what the cache of these programs is written and read: `setting` as of kv_cache.choose, `platform` that of this
+    process if None. Where "on" cannot be, one line of the log says why."""
+    chosen = kv_cache.choose(setting, platform or jax.default_backend(), cache_use(weights, config, strategy, shape))
+    if setting == "on" and chosen.name == kv_cache.PLAIN:
+        logging.warning("the KV cache is written and read by plain JAX: %s", chosen.reason)
+    return chosen
+
+
+def cache_use(weights: Weights, config: ModelConfig, strategy: Strategy, shape: DecodeShape) -> kv_cache.Use:
+    mesh = mesh_of(weights["embed"])
+    return kv_cache.Use(
+        rows=shape.rows,
+        num_kv_heads=config.num_kv_heads,
+        head_width=config.head_width,
+        capacity=shape.capacity,
+        mean_length=min(shape.capacity, shape.bucket + shape.room // 2),
+        tokens=lookahead(strategy),
+        dtype=weights["embed"].dtype,
+        devices=mesh.size if mesh else 1,
+    )
 
 
 def lower_decoding(
@@ -61,7 +90,7 @@ def last_layer(config: ModelConfig, strategy: Strategy) -> int:
 
 
 def _first_token(weights, tokens, lengths, limit, stop, rule, *, config, strategy: Strategy, shape: DecodeShape):
-    cache = init_cache(config, shape.rows, shape.capacity, weights["embed"].dtype)
+    cache = init_cache(config, shape.rows, shape.capacity, weights["embed"].dtype, shape.kernels)
     logits, cache = prefill(weights, tokens, lengths, cache, config, range(last_layer(config, strategy)))
     first, _ = rule.choose(logits, jnp.zeros_like(lengths))
     prompts = tokens if getattr(strategy, "lookup", 0) else None

@@ -217,7 +217,7 @@ def _round_time(result) -> float:
 
 def _compiled(model: Model, make_program: MakeProgram, strategy: Strategy, batch: Batch):
     program = make_program(model.config, strategy, batch)
-    program.compile(program.weights(model))
+    program.compile(program.weights(model), model.kernels)
     return program
 
 

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from lsjax.checkpoint import abstract_arrays
 from lsjax.config import Config, MeshConfig, ModelConfig
 from lsjax.data.batch import Batch
-from lsjax.decoding.passes import DRAFT, PREFILL_CHUNK, decoder_weights
-from lsjax.decoding.programs import DecodeShape, last_layer, lower_decoding
+from lsjax.decoding.passes import DRAFT, PREFILL_CHUNK, decoder_weights, init_cache
+from lsjax.decoding.programs import DecodeShape, choose_kernels, last_layer, lower_decoding
 from lsjax.decoding.strategies import Strategy, check_strategy
 from lsjax.errors import UserError
 from lsjax.evaluation.exits import evaluate_batch, evaluated_exits
@@ -103,9 +103,10 @@ def decode_programs(
     prompt_tokens: int,
     new_tokens: int,
     in_int8: bool = False,
+    kernels: str = "auto",
 ) -> tuple[Ahead, Ahead]:
     """(prefill, decoding loop) of a strategy, split over the first config.mesh.tensor devices, weights in bfloat16 or
-    int8."""
+    int8; `kernels` as of lsjax.load."""
     check_strategy(strategy, config.model.num_layers)
     ways = topology.size if config.mesh.tensor == -1 else config.mesh.tensor
     mesh = _mesh(MeshConfig(1, 1, ways), topology, ways)
@@ -115,10 +116,12 @@ def decode_programs(
         weights |= {DRAFT: {"layers": rounded["layers"][: strategy.exit_layer], "lm_head": rounded["lm_head"]}}
     capacity = prompt_tokens + new_tokens + 64
     shape = DecodeShape(rows, prompt_tokens, capacity, new_tokens + 64, 1)
+    chosen = choose_kernels(kernels, weights, config.model, strategy, shape, topology.chip.platform)
+    shape = shape._replace(kernels=chosen.name)
     with jax.set_mesh(mesh):
         programs = lower_decoding(weights, config.model, strategy, shape, platform=_platform(topology))
-    c = config.model
-    cache = 2 * c.num_layers * rows * (c.num_kv_heads // ways) * capacity * c.head_width * 2
+    cache = jax.eval_shape(lambda: init_cache(config.model, rows, capacity, jnp.bfloat16, chosen.name))
+    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) // ways
     held = {"parameters": device_bytes(weights), "caches": cache}
     execution = choose_execution(config, topology.chip.platform)._replace(compute_dtype=jnp.dtype("bfloat16"))
     make = functools.partial(Ahead, mesh=mesh, execution=execution, held=held)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+PLAIN = "plain"
 # Finite, so that 0 * score stays a number.
 _MASKED = -1e30
 
@@ -22,20 +23,56 @@ class LayerCache(NamedTuple):
     v: jax.Array
 
 
+class Use(NamedTuple):
+    """What a decoding loop asks of a layer's cache: B rows, K heads of width H, room for C entries of which so many are
+    full on average, the most tokens of a pass, the number type, and how many devices it is split over."""
+
+    rows: int
+    num_kv_heads: int
+    head_width: int
+    capacity: int
+    mean_length: int
+    tokens: int
+    dtype: jnp.dtype
+    devices: int = 1
+
+    def bytes_of(self, entries: int) -> int:
+        """Keys and values of so many entries of every row."""
+        return 2 * self.rows * self.num_kv_heads * entries * self.head_width * jnp.dtype(self.dtype).itemsize
+
+
+def entries_read(use: Use) -> int:
+    """Of every row, by a pass: `attend` reads the whole capacity."""
+    return use.capacity
+
+
+def bytes_per_pass(use: Use) -> int:
+    return use.bytes_of(entries_read(use) + use.tokens)
+
+
 def init_layer_cache(batch: int, num_kv_heads: int, capacity: int, head_width: int, dtype) -> LayerCache:
     shape = (batch, num_kv_heads, capacity, head_width)
     return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
+def fill(cache: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
+    """Puts k, v [B, T, K, H] at the entries 0 .. T - 1 of every row: whole prompts, into a new cache."""
+    return write(cache, k, v, jnp.zeros(k.shape[0], jnp.int32))
+
+
 def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> LayerCache:
     """Puts k, v [B, T, K, H] at positions[b] .. positions[b] + T - 1 of row b; a value that is not finite, as 0."""
-    values = jnp.where(jnp.isfinite(v), v, 0)
-    return LayerCache(_write(cache.k, k, positions), _write(cache.v, values, positions))
+    k, v = (new.swapaxes(1, 2).astype(cache.k.dtype) for new in (k, finite(v)))
+    return LayerCache(write_rows(cache.k, k, positions), write_rows(cache.v, v, positions))
 
 
-def _write(old: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+def finite(values: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(values), values, 0)
+
+
+def write_rows(old: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    """old [B, K, C, H] with new [B, K, T, H] at positions[b] of row b."""
     # One slice update a row: in place on every backend, where XLA:CPU runs a batched scatter element by element.
-    new = new.swapaxes(1, 2).astype(old.dtype)
     for row in range(old.shape[0]):
         old = jax.lax.dynamic_update_slice(old, new[row : row + 1], (row, 0, positions[row], 0))
     return old

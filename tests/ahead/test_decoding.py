@@ -11,7 +11,9 @@ import lsjax
 from lsjax.scale import compile_only, hlo
 from lsjax.scale.ahead import compile_ahead, decode_programs
 from lsjax.scale.hardware import parse_topology
-from lsjax.scale.traffic import _written, memory_traffic
+from lsjax.scale.traffic import _moved, _written, memory_traffic
+from pallas_kernels.kv_cache import tpu
+from pallas_kernels.kv_cache.reference import Use
 from tests.ahead.test_compile_ahead import shallow
 
 compile_only.prepare()
@@ -40,11 +42,11 @@ def activations(rows: int, strategy) -> int:
 
 
 @functools.cache
-def compiled(topology: str, strategy, rows: int, in_int8: bool = False):
+def compiled(topology: str, strategy, rows: int, in_int8: bool = False, kernels: str = "off"):
     config = shallow(model={"num_layers": L}, mesh={"tensor": 1})
     c = config.model
     assert (c.width, c.num_kv_heads * c.head_width, c.feed_forward_width, c.vocab_size) == (D, D, F, V)
-    _, loop = decode_programs(config, parse_topology(topology), strategy, rows, PROMPT, NEW, in_int8)
+    _, loop = decode_programs(config, parse_topology(topology), strategy, rows, PROMPT, NEW, in_int8, kernels)
     outcome = compile_ahead(loop)
     return hlo.parse(outcome.text), outcome.memory
 
@@ -102,6 +104,58 @@ def test_a_loop_copies_no_weight_and_no_cache(topology, strategy, rows):
         # Once a call XLA:GPU brings the caches of the drafting layers into another layout.
         allowed += 2 * strategy.exit_layer * cache_array(rows)
     assert memory.temp_size_in_bytes < allowed
+
+
+def is_kernel(instruction: hlo.Instruction, name: str) -> bool:
+    return instruction.opcode == "custom-call" and instruction.operation.endswith(f"{name}/pallas_call")
+
+
+@pytest.mark.parametrize(
+    ("topology", "strategy", "rows"),
+    [
+        ("tpu:v5e:1x1", lsjax.Autoregressive(), 1),
+        ("tpu:v5e:1x1", DRAFTING, 4),
+        ("tpu:v5p:1x1x1", DRAFTING, 1),
+        ("tpu:v6e:1x1", DRAFTING, 1),
+    ],
+    ids=str,
+)
+def test_a_loop_with_kernels_copies_no_weight_and_no_cache(topology, strategy, rows):
+    """The cache is updated in place, by kernels alone, and held once: not even at the loop's ends is it moved."""
+    program, memory = compiled(topology, strategy, rows, kernels="on")
+    work = [(c, i) for c, i in inside_loops(program, program.entry) if not i.opcode.endswith("-done")]
+    writes = [i for _, i in work if is_kernel(i, "kv_write")]
+    # Drafts and the last draft run the early layer, verification the late ones.
+    passes = L if strategy == lsjax.Autoregressive() else 2 * strategy.exit_layer + L - strategy.exit_layer
+    assert len(writes) == len([i for _, i in work if is_kernel(i, "decode_attend")]) == passes
+    assert all("output_to_operand_aliasing={{}: (2, {})}" in i.attributes for i in writes)
+    smallest = min(cache_array(rows), OUTPUT)
+    rest = [(c, i) for c, i in work if not is_kernel(i, "kv_write")]
+    assert not [(i.opcode, i.shape, i.operation) for c, i in rest if written(program, c, i) >= smallest]
+    caches = 2 * L * cache_array(rows)
+    assert caches <= memory.alias_size_in_bytes < caches + 2**20
+    packed = f"bf16[{rows},32,{C},256]"
+    makers = {i.opcode for c in program.computations.values() for i in c.values() if i.shape.startswith(packed)}
+    assert makers <= {"parameter", "get-tuple-element", "bitcast", "custom-call"}
+    # As in plain JAX, of a drafting loop weights that have four or three axes are brought into other layouts.
+    weights = 0 if strategy == lsjax.Autoregressive() else L * (QKV * 4 // 3 + GATE_UP)
+    assert memory.temp_size_in_bytes < 2 * activations(rows, strategy) + weights
+
+
+def test_a_loop_with_kernels_moves_fewer_bytes():
+    """All but the kernels as counted in the program, these by what their DMAs fetch for a row of average length. Plain
+    JAX reads the caches whole, beside the same rest."""
+    rows, tokens = 1, 1
+    plain, _ = compiled("tpu:v5e:1x1", lsjax.Autoregressive(), rows)
+    program, _ = compiled("tpu:v5e:1x1", lsjax.Autoregressive(), rows, kernels="on")
+    rest = memory_traffic(program)
+    for computation, instruction in inside_loops(program, program.entry):
+        if is_kernel(instruction, "kv_write") or is_kernel(instruction, "decode_attend"):
+            rest -= _moved(program, program.computations[computation], instruction)
+    kernels = L * tpu.bytes_per_pass(Use(rows, 32, 128, C, PROMPT + NEW // 2, tokens, "bfloat16"))
+    caches = 2 * L * cache_array(rows)
+    assert kernels < 0.8 * caches
+    assert rest + caches < memory_traffic(plain)
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -1,0 +1,71 @@
+"""The KV cache that the decoder uses: made once by `init_layer_cache`, for plain JAX or for the kernels of a platform.
+
+A cache's type says who wrote it and can read it, so whoever holds one need not know its layout. A new platform is a
+module with a type of its own and the functions of `tpu`, and a line below.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels.kv_cache import reference, tpu
+from pallas_kernels.kv_cache.reference import PLAIN, Use
+
+LayerCache = reference.LayerCache | tpu.PackedCache
+
+KERNELS = {PLAIN: reference, "tpu": tpu}  # the latter by platform
+SETTINGS = ("auto", "on", "off")
+_BY_TYPE = {reference.LayerCache: reference, tpu.PackedCache: tpu}
+
+
+class Kernels(NamedTuple):
+    """What runs, a name of KERNELS; and where that is plain JAX, why."""
+
+    name: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})" if self.reason else self.name
+
+
+def choose(setting: str, platform: str, use: Use) -> Kernels:
+    """setting: "off" is plain JAX, "on" the platform's kernels, "auto" the kernels where they move fewer bytes than
+    plain JAX. What the platform has no kernels for is done by plain JAX whatever the setting."""
+    if setting == "off":
+        return Kernels(PLAIN, "kernels are off")
+    kernels = KERNELS.get(platform)
+    if kernels is None:
+        return Kernels(PLAIN, f"no kernels for {platform}")
+    reason = kernels.why_not(use)
+    if reason:
+        return Kernels(PLAIN, reason)
+    share = kernels.bytes_per_pass(use) / reference.bytes_per_pass(use)
+    if setting == "auto" and share >= 1:
+        return Kernels(PLAIN, f"kernels would move {share:.2f} times the bytes")
+    return Kernels(platform)
+
+
+def init_layer_cache(
+    batch: int, num_kv_heads: int, capacity: int, head_width: int, dtype, kernels: str = PLAIN
+) -> LayerCache:
+    """An empty cache of one layer for `kernels` (a name of KERNELS)."""
+    return KERNELS[kernels].init_layer_cache(batch, num_kv_heads, capacity, head_width, dtype)
+
+
+def fill(cache: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
+    """Puts k, v [B, T, K, H] at the entries 0 .. T - 1 of every row: whole prompts, into a new cache."""
+    return _BY_TYPE[type(cache)].fill(cache, k, v)
+
+
+def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> LayerCache:
+    """Puts k, v [B, T, K, H] at positions[b] .. positions[b] + T - 1 of row b, in place where the cache is donated; a
+    value that is not finite, as 0."""
+    return _BY_TYPE[type(cache)].write(cache, k, v, positions)
+
+
+def attend(q: jax.Array, cache: LayerCache, positions: jax.Array) -> jax.Array:
+    """Softmax attention of T queries a row: query t of row b sees cache entries 0 .. positions[b] + t.
+
+    q [B, T, K, G, H] (G query heads per KV head), positions [B] -> [B, T, K, G, H]. Scores are float32.
+    """
+    return _BY_TYPE[type(cache)].attend(q, cache, positions)

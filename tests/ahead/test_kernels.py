@@ -1,0 +1,94 @@
+"""The TPU kernels as Mosaic compiles them: legal tiles and DMAs, in place, nothing moved that need not be."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lsjax.scale import compile_only
+from lsjax.scale.hardware import parse_topology
+from pallas_kernels.kv_cache import tpu_attend, tpu_write
+
+compile_only.prepare()
+pytest.importorskip("libtpu", reason="make test-ahead installs it")
+
+TARGETS = ["tpu:v5e:1x1", "tpu:v5p:1x1x1", "tpu:v6e:1x1"]
+
+
+def compiled(topology: str, function, *shapes, donate=()):
+    mesh = Mesh(np.array(compile_only.compile_only_devices(parse_topology(topology))[:1]), ("one",))
+    here = NamedSharding(mesh, PartitionSpec())
+    shapes = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in shapes]
+    with jax.set_mesh(mesh):  # pl.multiple_of asks which TPU it is for
+        return jax.jit(function, donate_argnums=donate).trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
+
+
+def copies(text: str, size: int) -> list[str]:
+    """Lines of HLO that copy an array of `size` elements."""
+    found = re.findall(r"= \S*?\[([\d,]+)\]\S* copy(?:-start)?\(.*", text)
+    return [shape for shape in found if np.prod([int(n) for n in shape.split(",")]) >= size]
+
+
+def write_for_a_while(cache, new, positions, until):
+    """Alone in a program, its output the program's, XLA:TPU refuses an array that is pinned to HBM."""
+
+    def step(carry):
+        count, cache = carry
+        return count + 1, tpu_write.write(cache, new, positions + count)
+
+    return jax.lax.while_loop(lambda carry: carry[0] < until, step, (0, cache))
+
+
+# Rows, KV heads, capacity, head width, tokens. The last two: as many semaphores, and as much of VMEM, as any.
+WRITES = [
+    (4, 8, 4096, 128, 1),
+    (1, 32, 4096, 128, 5),
+    (3, 1, 1024, 64, 16),
+    (8, 3, 1024, 64, 2),
+    (512, 1, 512, 64, 1),
+    (64, 32, 512, 128, 1),
+]
+
+
+@pytest.mark.parametrize("shape", WRITES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("topology", TARGETS)
+def test_write_moves_no_cache(topology, dtype, shape):
+    rows, heads, capacity, width, tokens = shape
+    cache = (rows, heads, capacity, 2 * width)
+    new = (rows, heads, tokens, 2 * width)
+    arrays = [(cache, dtype), (new, dtype), ((rows,), "int32"), ((), "int32")]
+    program = compiled(topology, write_for_a_while, *arrays, donate=0)
+    memory, size = program.memory_analysis(), np.prod(cache) * jnp.dtype(dtype).itemsize
+    assert memory.alias_size_in_bytes == size
+    assert memory.temp_size_in_bytes < min(size, 4 << 20)
+    assert not copies(program.as_text(), np.prod(cache))
+    assert "kv_write" in program.as_text()
+
+
+# Rows, KV heads, queries of each, capacity, head width, tokens. The last: as much of VMEM as any.
+ATTENDS = [
+    (4, 8, 4, 4096, 128, 1),
+    (1, 32, 1, 1024 + 96, 128, 5),
+    (3, 1, 3, 256, 64, 16),
+    (2, 3, 3, 1024, 64, 2),
+    (1, 32, 8, 1024, 128, 16),
+]
+
+
+@pytest.mark.parametrize("shape", ATTENDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("topology", TARGETS)
+def test_attend_moves_no_cache(topology, dtype, shape):
+    """Beside the cache it needs room for the queries alone, filled up to whole tiles, as they go in and come out."""
+    rows, heads, group, capacity, width, tokens = shape
+    cache = (rows, heads, capacity, 2 * width)
+    arrays = [((rows, tokens, heads, group, width), dtype), (cache, dtype), ((rows,), "int32")]
+    program = compiled(topology, tpu_attend.attend, *arrays)
+    queries = rows * heads * (tokens * group + 15) * 128 * jnp.dtype(dtype).itemsize
+    assert program.memory_analysis().temp_size_in_bytes < max(2 * queries, 1 << 19)
+    assert not copies(program.as_text(), np.prod(cache))
+    assert "decode_attend" in program.as_text()

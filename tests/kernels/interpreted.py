@@ -1,0 +1,25 @@
+"""TPU kernels on the CPU: a TPU's memories, DMAs and semaphores simulated, accesses watched for races."""
+
+import contextlib
+
+import jax.experimental.pallas.tpu as pltpu
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
+
+# A DMA that nobody waits for never happens ("on_wait"), and memory holds NaN before it is written.
+WATCHED = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
+
+
+# For whole programs, whose kernels have tests of their own.
+UNWATCHED = pltpu.InterpretParams(dma_execution_mode="eager", uninitialized_memory="nan")
+
+
+@contextlib.contextmanager
+def simulated_tpu(watched: pltpu.InterpretParams = WATCHED):
+    """What is traced inside runs on a TPU that is simulated, and must not race."""
+    simulator.reset_tpu_interpret_mode_state()
+    try:
+        with pltpu.force_tpu_interpret_mode(watched):
+            yield
+        assert not (watched.detect_races and simulator.races.races_found)
+    finally:  # a kernel that failed leaves no trace for the next one
+        simulator.reset_tpu_interpret_mode_state()

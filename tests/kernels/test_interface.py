@@ -1,0 +1,105 @@
+"""One KV cache, several ways to write and read it: which is chosen, and that each does what plain JAX does."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsjax.decoding.passes import decoder_weights
+from lsjax.decoding.programs import DecodeShape, choose_kernels, lower_decoding
+from lsjax.decoding.rules import Greedy
+from lsjax.decoding.strategies import Autoregressive, SelfSpeculative
+from pallas_kernels.kv_cache import interface as kv_cache
+from pallas_kernels.kv_cache import tpu
+from tests.conftest import TINY, random_params
+from tests.kernels.interpreted import UNWATCHED, simulated_tpu
+
+USE = kv_cache.Use(2, 8, 128, capacity=4096, mean_length=1024, tokens=5, dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("setting", "platform", "change", "expected"),
+    [
+        ("auto", "tpu", {}, "tpu"),
+        ("on", "tpu", {}, "tpu"),
+        ("off", "tpu", {}, "plain (kernels are off)"),
+        ("on", "cpu", {}, "plain (no kernels for cpu)"),
+        ("auto", "gpu", {}, "plain (no kernels for gpu)"),
+        ("on", "tpu", {"head_width": 96}, "plain (no TPU kernels for head width 96, which is no multiple of 64)"),
+        ("on", "tpu", {"tokens": 17}, "plain (no TPU kernels for 17 tokens a pass, at most 16)"),
+        ("on", "tpu", {"dtype": jnp.float16}, "plain (no TPU kernels for float16)"),
+        ("on", "tpu", {"devices": 2}, "plain (no TPU kernels for a cache split over 2 devices)"),
+        # Short, or nearly full: what the kernels read in whole blocks is no less.
+        ("auto", "tpu", {"capacity": 128, "mean_length": 100}, "plain (kernels would move 2.41 times the bytes)"),
+        ("on", "tpu", {"capacity": 128, "mean_length": 100}, "tpu"),
+        ("auto", "tpu", {"capacity": 1024, "mean_length": 1020}, "plain (kernels would move 1.06 times the bytes)"),
+    ],
+)
+def test_choice(setting, platform, change, expected):
+    assert str(kv_cache.choose(setting, platform, USE._replace(**change))) == expected
+
+
+def test_bytes():
+    """Counted by hand: 2 rows x 8 heads x (1024 entries, and twice 2 tiles of 16) x 2 x 128 numbers of 2 bytes."""
+    assert tpu.bytes_per_pass(USE) == 2 * 8 * (1024 + 2 * 32) * 2 * 128 * 2
+    assert tpu.bytes_per_pass(USE._replace(mean_length=1025)) == 2 * 8 * (1280 + 2 * 32) * 2 * 128 * 2
+
+
+def test_what_cannot_be_is_said_once(caplog):
+    weights = decoder_weights(random_params(TINY), jnp.float32)
+    shape = DecodeShape(1, 16, 64, 32, 1)
+    with caplog.at_level(logging.WARNING):
+        for setting in ("off", "auto"):
+            choose_kernels(setting, weights, TINY, Autoregressive(), shape, "tpu")
+        assert not caplog.records
+        assert choose_kernels("on", weights, TINY, Autoregressive(), shape, "tpu").name == kv_cache.PLAIN
+    (record,) = caplog.records
+    assert record.getMessage().endswith("no TPU kernels for head width 8, which is no multiple of 64")
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_the_same_cache_by_either(tokens):
+    """Filled, written and attended to; with more tokens than the kernels take, too."""
+    rng = np.random.default_rng(tokens)
+    random = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    prompt, new, q = [random(2, 9, 3, 64)] * 2, [random(2, tokens, 3, 64) for _ in "kv"], random(2, tokens, 3, 2, 64)
+    new[1][1, -1, 0, 3] = np.inf  # a value that overflowed is 0
+    positions = np.array([9, 4], np.int32)
+
+    def attended(name):
+        cache = kv_cache.init_layer_cache(2, 3, 80, 64, jnp.float32, name)
+        cache = kv_cache.write(kv_cache.fill(cache, *prompt), *new, positions)
+        return kv_cache.attend(q, cache, positions), cache
+
+    plain, held = jax.jit(lambda: attended("plain"))()
+    with simulated_tpu(UNWATCHED):
+        packed, cache = jax.jit(lambda: attended("tpu"))()
+        np.testing.assert_allclose(packed, plain, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(cache.kv[:, :, :80], np.concatenate(held, axis=3))
+
+
+@pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(1, 2)], ids=lambda s: s.name)
+def test_decoding_by_either_gives_the_same_tokens(strategy):
+    """The whole of prefill and loop, rows of several lengths, kernels simulated (races are looked for elsewhere)."""
+    config = dataclasses.replace(TINY, num_layers=2, head_width=64, tie_embeddings=False)
+    weights = decoder_weights(random_params(config), jnp.float32)
+    tokens = np.zeros((2, 16), np.int32)
+    lengths = np.array([3, 12], np.int32)
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = np.random.default_rng(row).integers(1, 300, length)
+
+    def decoded(name):
+        shape = DecodeShape(2, 16, 64, 16, 1, name)
+        prefill, loop = (p.compile() for p in lower_decoding(weights, config, strategy, shape))
+        limit, stop = jnp.int32(8), jnp.array([-1])
+        state = prefill(weights, tokens, lengths, limit, stop, Greedy())
+        return jax.tree.map(np.array, loop(weights, state, limit, stop, Greedy(), jnp.int32(100))._replace(cache=()))
+
+    plain = decoded("plain")
+    with simulated_tpu(UNWATCHED):
+        kernels = decoded("tpu")
+    assert (plain.emitted == 8).all()
+    jax.tree.map(np.testing.assert_array_equal, kernels, plain)
