@@ -7,7 +7,7 @@ from typing import Any
 
 from lsjax.config import Config
 from lsjax.decoding.benchmark import benchmark
-from lsjax.decoding.strategies import EarlyExit, Strategy
+from lsjax.decoding.strategies import EarlyExit, SelfSpeculative, Strategy
 from lsjax.errors import UserError
 from lsjax.evaluation.figures import draw_run
 from lsjax.evaluation.tables import decoding_table, exit_table, print_table
@@ -25,8 +25,11 @@ of them, so a low loss early on, and agreement with the last layer, mean that th
 
 @dataclasses.dataclass(frozen=True)
 class Grid(Settings):
-    """What the demo measures: every exit layer alone and with every draft length, on held-out prompts."""
+    """What the demo measures: every exit layer alone, with every draft length, and with `drafts_beside_lookup`
+    drafts where it cannot copy `lookup` of them (0: no copies), on held-out prompts."""
 
+    lookup: int = 8
+    drafts_beside_lookup: int = 4
     prompts: int = 8
     prompt_tokens: int = 64
     max_new_tokens: int = 64
@@ -40,7 +43,9 @@ class Grid(Settings):
             raise UserError(f"the demo decodes {needed} tokens; config.model.context_length is less")
 
     def strategies(self) -> list[Strategy]:
-        return [*(EarlyExit(e) for e in self.exit_layers), *super().strategies()]
+        d, lookup = self.drafts_beside_lookup, self.lookup
+        copying = [SelfSpeculative(e, d, lookup=lookup) for e in self.exit_layers] if lookup else []
+        return [*(EarlyExit(e) for e in self.exit_layers), *super().strategies(), *copying]
 
 
 def run_demo(config: Config, workdir: str | Path, grid: Grid) -> dict[str, Any]:

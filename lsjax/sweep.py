@@ -80,6 +80,10 @@ def sweep(
     return report
 
 
+def _copied(run: dict[str, Any]) -> str:
+    return f", or {run['lookup']} copied where the text repeats itself" if run.get("lookup") else ""
+
+
 def as_csv(report: dict[str, Any]) -> str:
     """A line a self-speculative run; what was not measured is empty."""
     text = io.StringIO()
@@ -96,7 +100,8 @@ def summary(report: dict[str, Any]) -> str:
     if best["speedup"] is None:
         return "every text ended with its first token: there is no speed to compare"
     sentence = (
-        f"self-speculation is fastest with exit layer {best['exit_layer']} and {best['num_speculations']} drafts: "
+        f"self-speculation is fastest with exit layer {best['exit_layer']} and {best['num_speculations']} drafts"
+        f"{_copied(best)}: "
         f"{best['speedup']:.2f} times autoregressive, {best['acceptance_rate']:.0%} of drafts accepted"
     )
     if best["matches_autoregressive"] is None:  # sampled

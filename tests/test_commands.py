@@ -256,7 +256,9 @@ def test_bad_input_to_compile_ahead(name, tmp_path):
     assert result.stderr.count("\n") == 1, result.stderr
 
 
-COMMANDS = ["train.py", "decode.py", "convert.py", "compile_ahead.py", "demo.py", "demo_pretrained.py"]
+COMMANDS = [
+    "train.py", "decode.py", "convert.py", "compile_ahead.py", "demo.py", "demo_pretrained.py", "ablate.py"
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -19,7 +19,7 @@ def draw_run(path: Path, profile: ExitProfile, report: dict[str, Any], title: st
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     figure.suptitle(title)
     _draw_exits(left, profile)
-    runs = [run for run in report["runs"] if run["strategy"] == "self_speculative"]
+    runs = _grid_runs(report)
     _draw_grid(middle, runs, "speedup", "Self-speculation: speed-up over autoregressive", "{:.2f}")
     _draw_grid(right, runs, "acceptance_rate", "Drafted tokens accepted", "{:.0%}")
     save_figure(figure, path)
@@ -42,10 +42,15 @@ def draw_sweep(path: Path, report: dict[str, Any], title: str) -> None:
     """Writes a PNG: speed-up by setting, as measured and as predicted, the best of each outlined."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     figure.suptitle(title)
-    runs = [run for run in report["runs"] if run["strategy"] == "self_speculative"]
+    runs = _grid_runs(report)
     _draw_grid(left, runs, "speedup", "Speed-up over autoregressive, measured", "{:.2f}")
     _draw_grid(right, runs, "predicted_speedup", "The same, predicted", "{:.2f}")
     save_figure(figure, path)
+
+
+def _grid_runs(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a grid over exit layers and draft lengths; a setting with copies as well is in no cell of it."""
+    return [run for run in report["runs"] if run["strategy"] == "self_speculative" and not run.get("lookup")]
 
 
 def save_figure(figure, path: Path) -> None:
