@@ -190,8 +190,9 @@ def _strategies(num_layers: int, tuning, names: Sequence[str]) -> list:
     unknown = [name for name in names if name not in makers]
     if unknown or not names:
         raise UserError(f"--strategies: {unknown[0] if unknown else 'empty'!r} is not one of {', '.join(NAMES)}")
-    if LOOKUP.value and "self_speculative" not in names:
-        raise UserError("--lookup is a setting of self_speculative: put it into --strategies")
+    for flag in (LOOKUP, DRAFT_WEIGHTS):
+        if flag.value and "self_speculative" not in names:
+            raise UserError(f"--{flag.name} is a setting of self_speculative: put it into --strategies")
     if not LOOKUP.value:
         return [makers[name]() for name in names]
     copying = dataclasses.replace(drafting, lookup=LOOKUP.value)
@@ -224,12 +225,13 @@ def _sampling():
 
 def _print_texts(model, strategies: list) -> None:
     from lsjax.decoding.generate import generate
+    from lsjax.decoding.strategies import label
 
     gap = "\n" if CHAT.value else ""
     for strategy in strategies:
         how = (strategy, _sampling(), SEED.value, STOP.value)
         text = generate(model, _prompts(model), MAX_NEW_TOKENS.value, *how).text[0]
-        print(f"\n--- {strategy.name}\n{PROMPT.value}{gap}{text}")
+        print(f"\n--- {label(strategy)}\n{PROMPT.value}{gap}{text}")
 
 
 if __name__ == "__main__":

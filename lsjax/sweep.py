@@ -81,7 +81,7 @@ def sweep(
 
 
 def _copied(run: dict[str, Any]) -> str:
-    return f", or {run['lookup']} copied where the text repeats itself" if run.get("lookup") else ""
+    return f", or {run['lookup']} copied where the text repeats itself" if run["lookup"] else ""
 
 
 def as_csv(report: dict[str, Any]) -> str:

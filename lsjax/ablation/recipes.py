@@ -1,10 +1,10 @@
-"""The recipes that are compared: named settings of `config.layerskip`, each with where it comes from."""
+"""The recipes that are compared: named values of the `layerskip` section, each with where they come from."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lsjax.config import Config
+from lsjax.config import Config, LayerSkipConfig
 from lsjax.errors import UserError
 from lsjax.layerskip.dropout import layer_dropout_rates
 
@@ -13,7 +13,8 @@ BASELINE = "none"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """`layerskip`: what differs from no LayerSkip at all. `steps`: of the run, as a share of the configuration's."""
+    """`layerskip`: what differs from no LayerSkip at all; nothing of the base configuration's section is kept.
+    `steps`: of the run, as a share of the configuration's."""
 
     name: str
     about: str
@@ -24,18 +25,12 @@ class Recipe:
         t = base.training
         return dataclasses.replace(
             base,
-            layerskip=dataclasses.replace(base.layerskip, **_NOTHING | self.layerskip),
+            layerskip=LayerSkipConfig(**_NOTHING | self.layerskip),
             training=dataclasses.replace(t, seed=seed, total_steps=round(self.steps * t.total_steps)),
         )
 
 
-_NOTHING = {
-    "dropout_max_rate": 0.0,
-    "dropout_granularity": "sample",
-    "exit_curriculum": "none",
-    "exit_distillation": 0.0,
-    "exit_weight_floor": 0.0,
-}
+_NOTHING = {"dropout_max_rate": 0.0, "exit_curriculum": "none", "exit_rotation": 1}
 
 
 def recipes(num_layers: int) -> dict[str, Recipe]:

@@ -24,6 +24,12 @@ class Outcome:
     results: tuple[dict[str, Any], ...]
     step_time: float
 
+    def of_seeds(self, seeds: Sequence[int]) -> "Outcome":
+        """Its runs from these seeds, so that seeds are compared with themselves; all of them where it has none."""
+        shared = [index for index, seed in enumerate(self.seeds) if seed in seeds] or range(len(self.seeds))
+        pick = lambda values: tuple(values[index] for index in shared)  # noqa: E731
+        return dataclasses.replace(self, seeds=pick(self.seeds), results=pick(self.results))
+
     @property
     def profiles(self) -> list[ExitProfile]:
         return [ExitProfile(*(np.array(r["profile"][name]) for name in ExitProfile._fields)) for r in self.results]
@@ -81,7 +87,7 @@ def outcomes(workdir: Path, recipes: Sequence[Recipe]) -> list[Outcome]:
 def baseline_at_equal_time(all_outcomes: Sequence[Outcome], outcome: Outcome) -> float:
     """The last layer's loss that no LayerSkip reaches in the time that `outcome` took, between (or, in steps, beyond)
     what its own shorter and longer runs reached; nan without these."""
-    plain = [o for o in all_outcomes if o.recipe.name.startswith(BASELINE)]
+    plain = [o.of_seeds(outcome.seeds) for o in all_outcomes if not o.recipe.layerskip]
     if len(plain) < 2:
         return float("nan")
     plain.sort(key=lambda o: o.recipe.steps)
@@ -120,7 +126,7 @@ def table(all_outcomes: Sequence[Outcome], num_layers: int) -> Table:
             o.recipe.name,
             str(len(o.seeds)),
             f"{last:.3f}" + (f" ±{spread:.3f}" if len(o.seeds) > 1 else ""),
-            _change(last, _last(base)),
+            _change(last, _last(base.of_seeds(o.seeds))),
             f"{o.step_time / base.step_time:.2f}",
             _change(last, baseline_at_equal_time(all_outcomes, o)),
             f"{o.loss(quarter):.3f}",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsjax.ablation.recipes import Recipe
+from lsjax.ablation.recipes import recipes as all_recipes
 from lsjax.config import Config
 from lsjax.data.pipeline import training_batches
 from lsjax.decoding.benchmark import benchmark
+from lsjax.errors import UserError
 from lsjax.files import make_folder, read_json, write_atomically
 from lsjax.loading import load
 from lsjax.prompts import held_out_prompts
@@ -24,29 +27,37 @@ from lsjax.sweep import Grid, default_exit_layers
 from lsjax.training.loop import train
 from lsjax.training.metrics import read_complete_lines
 from lsjax.training.step import init_state, make_train_step
+from lsjax.training.workdir import check_free
 
 _TIMED_ROUNDS = 5
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 16, 64, 64
+_NUM_SPECULATIONS = (2, 4)
 
 
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """What is measured of a trained model: self-speculation at these exits with these draft lengths."""
-
-    exit_layers: tuple[int, ...]
-    num_speculations: tuple[int, ...] = (2, 4)
-
-    @classmethod
-    def of(cls, num_layers: int) -> "Decoding":
-        return cls(default_exit_layers(num_layers))
+def check(config: Config) -> None:
+    """Raises UserError before anything is trained on a configuration that could not be measured afterwards."""
+    if config.evaluation.exit_stride != 1:
+        raise UserError(
+            f"config.evaluation.exit_stride is {config.evaluation.exit_stride}; an ablation reads every exit: 1"
+        )
+    needed = min(_PROMPT_TOKENS, config.training.sequence_length) + _NEW_TOKENS
+    if needed > config.model.context_length:
+        raise UserError(
+            f"an ablation decodes {needed} tokens; config.model.context_length is {config.model.context_length}"
+        )
 
 
 def run_all(
     config: Config, workdir: Path, recipes: Sequence[Recipe], seeds: Sequence[int], note: Callable[[str], None] = print
 ) -> bool:
     """Leaves WORKDIR/RECIPE/seedN/result.json of each, and WORKDIR/step_times.json. False when interrupted."""
+    check(config)
     make_folder(workdir, "workdir")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, directory=str(workdir / "data")))
+    if not config.data.directory:  # one for all runs
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, directory=str(workdir / "data")))
+    for recipe in recipes:
+        for seed in seeds:
+            check_free(workdir / recipe.name / f"seed{seed}", recipe.config(config, seed))
     runs = [(recipe, seed) for seed in seeds for recipe in recipes]
     began, done = time.monotonic(), 0
     for index, (recipe, seed) in enumerate(runs, 1):
@@ -73,9 +84,8 @@ def _run(config: Config, folder: Path, note: Callable[[str], None]) -> bool:
     result = train(config, folder)
     if result.profile is None:
         return False
-    decoding = Decoding.of(config.model.num_layers)
     prompts = held_out_prompts(folder, _PROMPTS, min(_PROMPT_TOKENS, config.training.sequence_length))
-    strategies = Grid(decoding.exit_layers, decoding.num_speculations).strategies()
+    strategies = Grid(default_exit_layers(config.model.num_layers), _NUM_SPECULATIONS).strategies()
     report = benchmark(load(folder), prompts, strategies, max_new_tokens=_NEW_TOKENS, repeats=1, note=note)
     profile = {name: np.asarray(values).tolist() for name, values in result.profile._asdict().items()}
     runs = [run for run in report["runs"] if run["strategy"] == "self_speculative"]
@@ -92,31 +102,33 @@ def measure_step_times(
     config: Config, workdir: Path, recipes: Sequence[Recipe], note: Callable[[str], None]
 ) -> dict[str, float]:
     """Seconds a training step of each recipe, from interleaved rounds spread over the run, each a whole rotation of
-    exits. WORKDIR/step_times.json keeps them; all are measured again when one is missing."""
+    exits. WORKDIR/step_times.json keeps them; when one is missing all are measured again, those it holds too."""
     path = workdir / "step_times.json"
-    known = read_json(path) if path.exists() else {}
-    if all(recipe.name in known for recipe in recipes):
-        return known
-    mesh = make_mesh(config.mesh)
-    t = config.training
-    batch = next(training_batches(workdir / "data", t.batch_size, t.sequence_length, 0, first_batch=0))
+    held = read_json(path) if path.exists() else {}
+    if all(recipe.name in held for recipe in recipes):
+        return held
+    wanted = [r for r in all_recipes(config.model.num_layers).values() if r in recipes or r.name in held]
+    mesh, t, d = make_mesh(config.mesh), config.training, config.data
+    batch = next(
+        training_batches(Path(d.directory), t.batch_size, t.sequence_length, 0, separate_documents=d.separate_documents)
+    )
     with jax.set_mesh(mesh):
         runs = {}
-        for recipe in recipes:
+        for recipe in wanted:
             note(f"timing the step of {recipe.name}: compiling")
             ours = recipe.config(config, 0)
             runs[recipe.name] = [make_train_step(ours, mesh), init_state(ours)]
             _steps(runs[recipe.name], batch, 1, 0)
-        count = max(recipe.config(config, 0).layerskip.exit_rotation for recipe in recipes)
-        note(f"timing {len(recipes)} steps, {_TIMED_ROUNDS} rounds of {count}")
+        count = math.lcm(*(recipe.config(config, 0).layerskip.exit_rotation for recipe in wanted))
+        note(f"timing {len(wanted)} steps, {_TIMED_ROUNDS} rounds of {count}")
         times = [
             {name: _steps(run, batch, count, t.total_steps * index // _TIMED_ROUNDS) for name, run in runs.items()}
             for index in range(_TIMED_ROUNDS)
         ]
     # A mean over the course of training: how many layers are dropped depends on the step.
     means = {name: statistics.mean(one[name] for one in times) / count for name in runs}
-    write_atomically(path, json.dumps(known | means))
-    return known | means
+    write_atomically(path, json.dumps(means))
+    return means
 
 
 def _steps(run: list, batch, count: int, first_step: int) -> float:

@@ -11,7 +11,7 @@ from lsjax.decoding.bandwidth import PlainRead, bytes_per_round
 from lsjax.decoding.batch import PromptBatch
 from lsjax.decoding.generate import DecodeProgram, GenerateResult, rates_by_position
 from lsjax.decoding.settings import Tuning
-from lsjax.decoding.strategies import INT8, Autoregressive, Sampling, Strategy
+from lsjax.decoding.strategies import INT8, Autoregressive, Sampling, Strategy, label
 from lsjax.errors import UserError
 from lsjax.loading import Model
 
@@ -117,12 +117,7 @@ class Trial:
 
     @property
     def label(self) -> str:
-        exit_layer = getattr(self.strategy, "exit_layer", None)
-        drafts, lookup = (getattr(self.strategy, key, 0) for key in ("num_speculations", "lookup"))
-        in_int8 = " in int8" if getattr(self.strategy, "draft_weights", None) else ""
-        parts = [f"exit layer {exit_layer}" if exit_layer else "", f"{drafts} drafts{in_int8}" if drafts else ""]
-        parts.append(f"{lookup} copied" if lookup else "")
-        return ", ".join([self.strategy.name, *(part for part in parts if part)])
+        return label(self.strategy)
 
     def compile(self) -> None:
         how = self.model.kernels

@@ -1,4 +1,5 @@
-"""The decoding loops: one `lax.while_loop` each, nothing on the host inside; one predicate a round.
+"""The decoding loops: one `lax.while_loop` each, nothing on the host inside; one predicate a round (with copies, a few
+more where rounds of drafts and rounds of copies take turns).
 
 A loop ends when every row is done, or pauses after `pause` rounds in all, for its state to be looked at; called again
 with that state and a later pause, it goes on as if it had not paused.
@@ -111,10 +112,11 @@ def self_speculative_loop(
     """
 
     def drafting_round(state: Decoding) -> Decoding:
-        drafted = draft(weights, state, config, exit_layer, num_speculations, rule)
+        own = DRAFT not in weights
+        drafted = draft(weights, state, config, exit_layer, num_speculations, rule, keep_states=own)
         # Verify: the d+1 kept states through the remaining layers, in one pass over the same cache.
         x, late = drafted.states, range(exit_layer, config.num_layers)
-        if DRAFT in weights:  # they and their cache entries are not the model's own: all layers, from the tokens on
+        if not own:  # they and their cache entries are not the model's own: all layers, from the tokens on
             tokens = jnp.concatenate([state.pending[:, None], drafted.tokens], axis=1)
             x, late = embed(weights, tokens), range(config.num_layers)
         x, cache = run_layers(weights, x, drafted.cache, state.length, late, config)
@@ -172,9 +174,10 @@ def draft(
     exit_layer: int,
     num_speculations: int,
     rule: Rule = Greedy(),  # noqa: B008 (immutable)
+    keep_states: bool = True,
 ) -> Drafts:
-    """d tokens from the first E layers, one at a time. The last draft runs through the early layers too, so that it
-    can be verified; not where other weights draft, whose states are of no use."""
+    """d tokens from the first E layers, one at a time. The last draft runs through the early layers too, so that the
+    others can go on from there; not without `keep_states`, where all layers verify."""
     drafter = weights | weights.get(DRAFT, {})
     batch, width = state.pending.shape[0], weights["embed"].shape[1]
 
@@ -199,7 +202,7 @@ def draft(
     last, drafts = state.pending, empty
     if num_speculations:
         last, drafts = jax.lax.fori_loop(0, num_speculations, draft_one, (last, drafts))
-    if DRAFT in weights:
+    if not keep_states:
         return drafts
     x, cache = run_layers(
         weights, embed(weights, last[:, None]), drafts.cache, state.length + num_speculations, range(exit_layer), config
@@ -216,7 +219,7 @@ def _copy_or_draft(
     width = max(length, num_speculations)
 
     def make(drafts):
-        return draft(weights, state._replace(cache=drafts.cache), config, exit_layer, num_speculations, rule)
+        return draft(weights, state._replace(cache=drafts.cache), config, exit_layer, num_speculations, rule, False)
 
     shapes = jax.eval_shape(make, state)._replace(cache=())
     drafts = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)._replace(cache=state.cache)

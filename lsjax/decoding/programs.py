@@ -35,8 +35,13 @@ def choose_kernels(
     process if None. Where "on" cannot be, one line of the log says why."""
     chosen = kv_cache.choose(setting, platform or jax.default_backend(), cache_use(weights, config, strategy, shape))
     if setting == "on" and chosen.name == kv_cache.PLAIN:
-        logging.warning("the KV cache is written and read by plain JAX: %s", chosen.reason)
+        _warn_once(f"the KV cache is written and read by plain JAX: {chosen.reason}")
     return chosen
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.warning(message)
 
 
 def cache_use(weights: Weights, config: ModelConfig, strategy: Strategy, shape: DecodeShape) -> kv_cache.Use:

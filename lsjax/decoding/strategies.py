@@ -78,6 +78,18 @@ def check_strategy(strategy: Strategy, num_layers: int) -> None:
     drafting = getattr(strategy, "draft_weights", None)
     if drafting not in (None, INT8):
         raise UserError(f'draft_weights must be "{INT8}", or None for the model\'s own, got {drafting!r}')
+    if drafting and not drafted:
+        raise UserError("draft_weights is of drafts: with num_speculations=0 there are none")
+
+
+def label(strategy: Strategy) -> str:
+    """Its name and settings, for people."""
+    exit_layer = getattr(strategy, "exit_layer", None)
+    drafts, lookup = (getattr(strategy, key, 0) for key in ("num_speculations", "lookup"))
+    in_int8 = " in int8" if getattr(strategy, "draft_weights", None) else ""
+    parts = [f"exit layer {exit_layer}" if exit_layer else "", f"{drafts} drafts{in_int8}" if drafts else ""]
+    parts.append(f"{lookup} copied" if lookup else "")
+    return ", ".join([strategy.name, *(part for part in parts if part)])
 
 
 def is_auto(strategy: Strategy) -> bool:

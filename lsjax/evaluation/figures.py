@@ -50,7 +50,7 @@ def draw_sweep(path: Path, report: dict[str, Any], title: str) -> None:
 
 def _grid_runs(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Of a grid over exit layers and draft lengths; a setting with copies as well is in no cell of it."""
-    return [run for run in report["runs"] if run["strategy"] == "self_speculative" and not run.get("lookup")]
+    return [run for run in report["runs"] if run["strategy"] == "self_speculative" and not run["lookup"]]
 
 
 def save_figure(figure, path: Path) -> None:

@@ -58,7 +58,7 @@ def decoding_table(report: dict[str, Any]) -> Table:
 
 
 def _drafts(run: dict[str, Any]) -> str:
-    return _text(run["num_speculations"]) + (f" or {run['lookup']} copied" if run.get("lookup") else "")
+    return _text(run["num_speculations"]) + (f" or {run['lookup']} copied" if run["lookup"] else "")
 
 
 def bandwidth_line(report: dict[str, Any]) -> str:

@@ -112,6 +112,8 @@ def decode_programs(
     mesh = _mesh(MeshConfig(1, 1, ways), topology, ways)
     weights = _decoder_weights(config.model, mesh, in_int8)
     if getattr(strategy, "draft_weights", None):
+        if in_int8:
+            raise UserError("draft_weights: a model in int8 drafts with its own early layers")
         rounded = _decoder_weights(config.model, mesh, in_int8=True)
         weights |= {DRAFT: {"layers": rounded["layers"][: strategy.exit_layer], "lm_head": rounded["lm_head"]}}
     capacity = prompt_tokens + new_tokens + 64

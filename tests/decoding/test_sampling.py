@@ -92,18 +92,22 @@ def enumerated(next_logits, s: Sampling) -> np.ndarray:
     return joint
 
 
-def sampled(params, strategy, s: Sampling, count: int, prompt: tuple = PROMPT) -> np.ndarray:
-    """How often each text of three tokens came out: [7, 7, 7]. One row, over and over, with other keys."""
+def sampled(params, strategy, s: Sampling, count: int, *prompts: tuple) -> np.ndarray:
+    """How often each text of three tokens came out of the first prompt: [7, 7, 7]. One batch, over and over, with other
+    keys."""
+    prompts = prompts or (PROMPT,)
     weights = decoder_weights(params, jnp.float32)
     how = {"config": SMALL, "strategy": strategy}
-    shape = DecodeShape(rows=1, bucket=16, capacity=32, room=16, stops=1)
-    tokens = np.zeros((1, 16), np.int32)
-    tokens[0, : len(prompt)] = prompt
+    shape = DecodeShape(rows=len(prompts), bucket=16, capacity=32, room=16, stops=1)
+    tokens = np.zeros((len(prompts), 16), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    lengths = jnp.array([len(prompt) for prompt in prompts])
 
     def one(key):
-        rule = Sampled(jax.random.key_data(key)[None], *by_value(s))
+        rule = Sampled(jax.random.key_data(jax.random.split(key, len(prompts))), *by_value(s))
         inputs = jnp.int32(NEW), jnp.array([-1]), rule
-        state = programs._first_token(weights, tokens, jnp.array([len(prompt)]), *inputs, **how, shape=shape)
+        state = programs._first_token(weights, tokens, lengths, *inputs, **how, shape=shape)
         return programs._decode(weights, state, *inputs, **how).tokens[0, :NEW]
 
     many = jax.jit(jax.vmap(one))
@@ -130,7 +134,7 @@ def excess(counts: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 DRAFTING = lsjax.SelfSpeculative(exit_layer=1, num_speculations=2)
-COPYING = lsjax.SelfSpeculative(exit_layer=1, num_speculations=2, lookup=2)
+COPYING = [lsjax.SelfSpeculative(1, 2, lookup=1), lsjax.SelfSpeculative(1, 1, lookup=2)]
 
 
 def test_the_drafter_disagrees_strongly(next_logits):
@@ -167,11 +171,11 @@ def judge_unfiltered(self, drafts, drawn_by, logits, index):
 verify = Sampled.verify
 
 
-@pytest.mark.parametrize("s", SETTINGS[1:3], ids=str)
-def test_copied_drafts_change_no_distribution(params, s):
-    """After nearly every first token there is something to copy."""
+@pytest.mark.parametrize(("strategy", "s"), zip(COPYING, SETTINGS[1:3], strict=True), ids=str)
+def test_copied_drafts_change_no_distribution(params, strategy, s):
+    """After nearly every first token there is something to copy; the row beside it has nothing, and drafts."""
     prompt = (1, 0, 1, 2, 1, 3, 1, 4, 1, 5, 1, 6, 1)
-    counts = sampled(params, COPYING, s, 50_000, prompt)
+    counts = sampled(params, strategy, s, 50_000, prompt, (0, 1, 2, 3, 4, 5, 6))
     assert excess(counts, enumerated(logits_after(params, prompt), s)) < 1
 
 

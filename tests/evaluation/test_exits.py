@@ -43,7 +43,7 @@ def test_tables_and_picture_hold_the_numbers(tmp_path, capsys):
     profile = ExitProfile(np.array([2, 4]), np.array([3.5, 2.25]), np.array([0.1, 0.4]), np.array([0.6, 1.0]))
     print_table(exit_table(profile))
     run = {
-        "strategy": "self_speculative", "exit_layer": 1, "num_speculations": 4, "draft_weights": "int8",
+        "strategy": "self_speculative", "exit_layer": 1, "num_speculations": 4, "draft_weights": "int8", "lookup": 0,
         "batch_size": 1, "new_tokens": 64, "seconds": 1.0, "ms_per_token": 15.6, "tokens_per_second": 64.1,
         "time_to_first_token_ms": 9.0,
         "acceptance_rate": 0.81, "tokens_per_round": 4.2, "speedup": 1.77, "matches_autoregressive": True,

@@ -55,7 +55,8 @@ def test_what_cannot_be_is_said_once(caplog):
         for setting in ("off", "auto"):
             choose_kernels(setting, weights, TINY, Autoregressive(), shape, "tpu")
         assert not caplog.records
-        assert choose_kernels("on", weights, TINY, Autoregressive(), shape, "tpu").name == kv_cache.PLAIN
+        for _ in range(2):
+            assert choose_kernels("on", weights, TINY, Autoregressive(), shape, "tpu").name == kv_cache.PLAIN
     (record,) = caplog.records
     assert record.getMessage().endswith("no TPU kernels for head width 8, which is no multiple of 64")
 
