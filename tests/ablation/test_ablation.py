@@ -19,7 +19,8 @@ from lsjax.training.step import recipe_at
 def small_run(tiny_run):
     training = dataclasses.replace(tiny_run.training, total_steps=4, log_every_steps=4)
     evaluation = dataclasses.replace(tiny_run.evaluation, every_steps=2, max_batches=1)
-    return dataclasses.replace(tiny_run, training=training, evaluation=evaluation)
+    model = dataclasses.replace(tiny_run.model, num_layers=2)
+    return dataclasses.replace(tiny_run, model=model, training=training, evaluation=evaluation)
 
 
 def test_recipes_are_what_they_say(tiny_run):
@@ -86,12 +87,12 @@ def test_runs_are_trained_compared_and_not_repeated(small_run, tmp_path, capsys)
     assert "focused-skipping" in printed.split("Recipes, held-out text")[1]
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((tmp_path / "focused-skipping" / "seed0" / "result.json").read_text())
-    assert len(result["profile"]["loss"]) == 4
+    assert len(result["profile"]["loss"]) == 2
     assert [run["step"] for run in result["evaluations"]] == [2, 4]
     assert all(run["matches_autoregressive"] for run in result["decoding"])
     config = json.loads((tmp_path / "focused-skipping" / "seed0" / "config.json").read_text())
-    assert config["layerskip"]["exit_last"] == 2
-    found = outcomes(tmp_path, list(recipes(4).values()))
+    assert config["layerskip"]["exit_last"] == 1
+    found = outcomes(tmp_path, list(recipes(2).values()))
     assert [o.recipe.name for o in found] == [BASELINE, "focused-skipping"]
     assert all(o.step_time > 0 for o in found)
 
