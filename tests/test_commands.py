@@ -91,6 +91,8 @@ BAD_DECODING = {
     "report folder": (["--model={run}", "--report={tmp}/no/report.json"], "folder does not exist"),
     "report over a folder": (["--model={run}", "--report={tmp}"], "it is a folder"),
     "kernels": (["--model={run}", "--kernels=some"], "value should be one of <auto|on|off>"),
+    "lookup of nothing": (["--model={run}", "--strategies=autoregressive", "--lookup=4"], "--lookup is a setting of"),
+    "int8 drafts of int8": (["--model={run}", "--weights=int8", "--draft_weights=int8"], "--weights"),
     "model is a file": (["--model={tmp}/null.jsonl"], "is a file, but not GGUF"),
     "a model without held-out text": (["--model={hf}"], "give --prompt or --prompts"),
     "chat without a template": (["--model={hf}", "--chat", "--prompt=hi"], "no chat template"),
@@ -148,9 +150,13 @@ def test_decode_prints_a_table_and_writes_the_report(workdir, tmp_path):
 
 
 def test_decode_prints_the_continuation_of_a_prompt(workdir):
-    result = run("decode.py", f"--model={workdir}", "--prompt=def main():", "--max_new_tokens=8")
+    how = "--max_new_tokens=8", "--lookup=4", "--draft_weights=int8"
+    result = run("decode.py", f"--model={workdir}", "--prompt=def main():", *how)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("def main():") == 3
+    texts = dict(part.split("\n", 1) for part in result.stdout.split("\n--- ")[1:])
+    drafts = "self_speculative, exit layer 1, 4 drafts in int8"
+    assert list(texts) == ["autoregressive", "early_exit, exit layer 1", drafts, f"{drafts}, 4 copied"]
+    assert texts[drafts].strip() == texts[f"{drafts}, 4 copied"].strip() == texts["autoregressive"].strip()
     autoregressive = result.stdout.split("--- autoregressive\n")[1].split("\n\n--- ")[0].removeprefix("def main():")
     stop = autoregressive[3:5]
     before = autoregressive[: autoregressive.index(stop)]

@@ -47,16 +47,8 @@ def benchmark(
     trials = [*(Trial(model, strategy, batches) for strategy in strategies), *rivals(batches)]
     if jax.default_backend() == "cpu" and (model.in_int8 or any(getattr(s, "draft_weights", None) for s in strategies)):
         note("int8 weights are for TPU and GPU: on CPU they are slower than float32, several times")
-    for index, trial in enumerate(trials, 1):
-        note(f"compiling {index}/{len(trials)}: {trial.label}")
-        trial.compile()
     read = PlainRead(model.decoder_weights)
-    for repeat in range(repeats):
-        note(f"measuring, round {repeat + 1}/{repeats}: {len(trials)} settings on {len(prompts)} prompt(s)")
-        for batch_index in range(len(batches)):
-            read.measure()
-            for trial in trials:
-                trial.measure(batch_index)
+    _measure(trials, read, repeats, len(prompts), note)
     return {
         "model": model.path,
         "weights": INT8 if model.in_int8 else str(model.decoder_weights["embed"].dtype),
@@ -76,6 +68,19 @@ def benchmark(
             for trial in trials
         ],
     }
+
+
+def _measure(trials: list["Trial"], read: PlainRead, repeats: int, prompts: int, note: Callable[[str], None]) -> None:
+    """Compiles all, then runs all on each batch in turn, a plain read of the weights before."""
+    for index, trial in enumerate(trials, 1):
+        note(f"compiling {index}/{len(trials)}: {trial.label}")
+        trial.compile()
+    for repeat in range(repeats):
+        note(f"measuring, round {repeat + 1}/{repeats}: {len(trials)} settings on {prompts} prompt(s)")
+        for batch_index in range(len(trials[0].batches)):
+            read.measure()
+            for trial in trials:
+                trial.measure(batch_index)
 
 
 def prompt_batches(

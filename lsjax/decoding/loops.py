@@ -132,9 +132,13 @@ def self_speculative_loop(
         block, accepted = rule.verify(drafted.tokens, drafted.drawn_by, logits, state.emitted, counts)
         return _commit(state._replace(cache=cache), block, accepted, counts, limit, stop)
 
-    goes_on = _goes_on(pause)
-    if not lookup:
-        return jax.lax.while_loop(goes_on, drafting_round, state)
+    if lookup:
+        return _take_turns(drafting_round, copying_round, state, lookup, _goes_on(pause))
+    return jax.lax.while_loop(_goes_on(pause), drafting_round, state)
+
+
+def _take_turns(drafting_round, copying_round, state: Decoding, lookup: int, goes_on) -> Decoding:
+    """Rounds of either kind, by whether a row has something to copy."""
 
     def looked_up(state: Decoding) -> tuple[Decoding, jax.Array, jax.Array]:
         copied, found = look_up(state.text, state.length + 1, lookup)

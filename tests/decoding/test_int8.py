@@ -53,6 +53,14 @@ def test_int8_drafts_leave_every_token_as_it_was(model, misled, expected, exit_l
     assert lsjax.generate(misled, PROMPTS, NEW, strategy).tokens == expected
 
 
+def test_int8_drafts_go_with_copies(model, misled, expected):
+    """Rounds of drafts, of copies, and of both in one batch."""
+    strategy = SelfSpeculative(2, 3, "int8", lookup=5)
+    result = lsjax.generate(misled, PROMPTS, NEW, strategy)
+    assert result.tokens == lsjax.generate(model, PROMPTS, NEW, strategy).tokens == expected
+    assert any(row["drafted_by_position"][4] for row in result.stats)  # only copies are as many
+
+
 def test_int8_drafts_of_all_layers_are_nearly_always_accepted(model, misled):
     """They do draft with these weights: right ones agree, wrong ones do not."""
     rate = lambda m: np.mean([s["acceptance_rate"] for s in lsjax.generate(m, PROMPTS, NEW, strategy).stats])  # noqa: E731
