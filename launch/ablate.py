@@ -6,7 +6,7 @@
 Every run is a training workdir of its own, WORKDIR/RECIPE/seedN, and resumes; what is finished is not run again, and
 more recipes or seeds may be added later. Prints one table (the last layer against no LayerSkip at equal steps and at
 equal time, early exits, acceptance, tokens a round, speed-up) and leaves ablation.png. The recipes, with their
-sources, are in lsjax/ablation/recipes.py. About two minutes a run on 2 cores.
+sources, are in lsjax/ablation/recipes.py.
 """
 
 from pathlib import Path
