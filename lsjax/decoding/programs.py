@@ -55,6 +55,7 @@ def cache_use(weights: Weights, config: ModelConfig, strategy: Strategy, shape: 
         tokens=lookahead(strategy),
         dtype=weights["embed"].dtype,
         devices=mesh.size if mesh else 1,
+        group=config.num_heads // config.num_kv_heads,
     )
 
 

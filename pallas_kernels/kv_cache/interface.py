@@ -8,14 +8,16 @@ from typing import NamedTuple
 
 import jax
 
-from pallas_kernels.kv_cache import reference, tpu
+from pallas_kernels.kv_cache import gpu, reference, tpu
 from pallas_kernels.kv_cache.reference import PLAIN, Use
 
-LayerCache = reference.LayerCache | tpu.PackedCache
+LayerCache = reference.LayerCache | tpu.PackedCache | gpu.GpuCache
 
-KERNELS = {PLAIN: reference, "tpu": tpu}  # the latter by platform
+KERNELS = {PLAIN: reference, "tpu": tpu, "gpu": gpu}  # the latter by platform
 SETTINGS = ("auto", "on", "off")
-_BY_TYPE = {reference.LayerCache: reference, tpu.PackedCache: tpu}
+# What an A100 reads in 2 microseconds, about what it takes to start a kernel: assumed, not measured.
+_START_BYTES = 4 << 20
+_BY_TYPE = {reference.LayerCache: reference, tpu.PackedCache: tpu, gpu.GpuCache: gpu}
 
 
 class Kernels(NamedTuple):
@@ -30,7 +32,8 @@ class Kernels(NamedTuple):
 
 def choose(setting: str, platform: str, use: Use) -> Kernels:
     """setting: "off" is plain JAX, "on" the platform's kernels, "auto" the kernels where they move fewer bytes than
-    plain JAX. What the platform has no kernels for is done by plain JAX whatever the setting."""
+    plain JAX, and so many fewer that it makes up for more kernels to start. What the platform has no kernels for is
+    done by plain JAX whatever the setting."""
     if setting == "off":
         return Kernels(PLAIN, "kernels are off")
     kernels = KERNELS.get(platform)
@@ -39,9 +42,10 @@ def choose(setting: str, platform: str, use: Use) -> Kernels:
     reason = kernels.why_not(use)
     if reason:
         return Kernels(PLAIN, reason)
-    share = kernels.bytes_per_pass(use) / reference.bytes_per_pass(use)
-    if setting == "auto" and share >= 1:
-        return Kernels(PLAIN, f"kernels would move {share:.2f} times the bytes")
+    moved, more, plain = kernels.bytes_per_pass(use), kernels.extra_kernels(use), reference.bytes_per_pass(use)
+    if setting == "auto" and moved + more * _START_BYTES >= plain:
+        in_more = f" in {more} more kernels a layer" if more else ""
+        return Kernels(PLAIN, f"kernels would move {moved / plain:.2f} times the bytes{in_more}")
     return Kernels(platform)
 
 

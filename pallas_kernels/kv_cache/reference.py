@@ -25,7 +25,8 @@ class LayerCache(NamedTuple):
 
 class Use(NamedTuple):
     """What a decoding loop asks of a layer's cache: B rows, K heads of width H, room for C entries of which so many are
-    full on average, the most tokens of a pass, the number type, and how many devices it is split over."""
+    full on average, the most tokens of a pass, the number type, how many devices it is split over, and how many query
+    heads a KV head has."""
 
     rows: int
     num_kv_heads: int
@@ -35,6 +36,7 @@ class Use(NamedTuple):
     tokens: int
     dtype: jnp.dtype
     devices: int = 1
+    group: int = 1
 
     def bytes_of(self, entries: int) -> int:
         """Keys and values of so many entries of every row."""

@@ -12,7 +12,7 @@ from lsjax.scale import compile_only, hlo
 from lsjax.scale.ahead import compile_ahead, decode_programs
 from lsjax.scale.hardware import parse_topology
 from lsjax.scale.traffic import _moved, _written, memory_traffic
-from pallas_kernels.kv_cache import tpu
+from pallas_kernels.kv_cache import gpu, gpu_attend, tpu
 from pallas_kernels.kv_cache.reference import Use
 from tests.ahead.test_compile_ahead import shallow
 
@@ -120,6 +120,12 @@ def is_kernel(instruction: hlo.Instruction, name: str) -> bool:
     return instruction.opcode == "custom-call" and instruction.operation.endswith(f"{name}/pallas_call")
 
 
+def passes(strategy) -> int:
+    """Of tokens through a layer, as they stand in the program: drafts, each by one turn of a loop, and the last draft
+    run the early layer, verification the late ones."""
+    return L if strategy == lsjax.Autoregressive() else 2 * strategy.exit_layer + L - strategy.exit_layer
+
+
 @pytest.mark.parametrize(
     ("topology", "strategy", "rows"),
     [
@@ -135,9 +141,7 @@ def test_a_loop_with_kernels_copies_no_weight_and_no_cache(topology, strategy, r
     program, memory = compiled(topology, strategy, rows, kernels="on")
     work = [(c, i) for c, i in inside_loops(program, program.entry) if not i.opcode.endswith("-done")]
     writes = [i for _, i in work if is_kernel(i, "kv_write")]
-    # Drafts and the last draft run the early layer, verification the late ones.
-    passes = L if strategy == lsjax.Autoregressive() else 2 * strategy.exit_layer + L - strategy.exit_layer
-    assert len(writes) == len([i for _, i in work if is_kernel(i, "decode_attend")]) == passes
+    assert len(writes) == len([i for _, i in work if is_kernel(i, "decode_attend")]) == passes(strategy)
     assert all("output_to_operand_aliasing={{}: (2, {})}" in i.attributes for i in writes)
     smallest = min(cache_array(rows), OUTPUT)
     rest = [(c, i) for c, i in work if not is_kernel(i, "kv_write")]
@@ -150,6 +154,60 @@ def test_a_loop_with_kernels_copies_no_weight_and_no_cache(topology, strategy, r
     # As in plain JAX, of a drafting loop weights that have four or three axes are brought into other layouts.
     weights = 0 if strategy == lsjax.Autoregressive() else L * (QKV * 4 // 3 + GATE_UP)
     assert memory.temp_size_in_bytes < 2 * activations(rows, strategy) + weights
+
+
+GPU_KERNELS = ("kv_write", "decode_attend", "decode_combine")
+ON_GPU = [
+    ("gpu:h100:1x1", lsjax.Autoregressive(), 1),
+    ("gpu:h100:1x1", DRAFTING, 4),
+    ("gpu:a100-80:1x1", DRAFTING, 1),
+]
+
+
+@pytest.mark.parametrize(("topology", "strategy", "rows"), ON_GPU, ids=str)
+def test_a_loop_with_gpu_kernels_copies_no_weight_and_no_cache(topology, strategy, rows):
+    """Nor are, of a drafting loop, any caches brought into another layout, as in plain JAX."""
+    program, memory = compiled(topology, strategy, rows, kernels="on")
+    work = [(c, i) for c, i in inside_loops(program, program.entry) if not i.opcode.endswith("-done")]
+    writes = [i for _, i in work if is_kernel(i, "kv_write")]
+    for name in GPU_KERNELS:
+        assert len([i for _, i in work if is_kernel(i, name)]) == passes(strategy)
+    assert all("output_to_operand_aliasing={{0}: (3, {}), {1}: (4, {})}" in i.attributes for i in writes)
+    smallest = min(cache_array(rows), OUTPUT)
+    rest = [(c, i) for c, i in work if not is_kernel(i, "kv_write")]
+    assert not [(i.opcode, i.shape, i.operation) for c, i in rest if written(program, c, i) >= smallest]
+    caches = 2 * L * cache_array(rows)
+    assert caches <= memory.alias_size_in_bytes < caches + 2**20
+    one = f"bf16[{rows},32,{C},128]"
+    makers = {i.opcode for c in program.computations.values() for i in c.values() if i.shape.startswith(one)}
+    assert makers <= {"parameter", "get-tuple-element", "bitcast"}  # the kernels' results are pairs
+    queries = math.prod(gpu_attend.tiles(1 + getattr(strategy, "num_speculations", 0), 1))
+    partials = rows * 32 * (C // gpu_attend.SPLIT) * queries * (128 + 2) * 4
+    assert memory.temp_size_in_bytes < activations(rows, strategy) + partials < smallest
+
+
+@pytest.mark.parametrize(("topology", "strategy", "rows"), ON_GPU, ids=str)
+def test_a_loop_with_gpu_kernels_moves_fewer_bytes(topology, strategy, rows):
+    """All but the kernels as counted in the program, these as they count themselves for rows of average length. And no
+    more of them are started than the choice takes them to be."""
+    program, _ = compiled(topology, strategy, rows, kernels="on")
+    plain, _ = compiled(topology, strategy, rows)
+    rest, owners = memory_traffic(program), {id(i): c for c in program.computations.values() for i in c.values()}
+    for instruction, times in program.runs():
+        if any(is_kernel(instruction, name) for name in GPU_KERNELS):
+            rest -= times * _moved(program, owners[id(instruction)], instruction)
+    use = Use(rows, 32, 128, C, PROMPT + NEW // 2, 1, "bfloat16")
+    drafts, early = getattr(strategy, "num_speculations", 0), getattr(strategy, "exit_layer", 0)
+    by_one, verifying = gpu.bytes_per_pass(use), gpu.bytes_per_pass(use._replace(tokens=1 + drafts))
+    kernels = (drafts + 1) * early * by_one + (L - early) * verifying
+    assert rest + kernels < memory_traffic(plain)
+    assert starts(program) - starts(plain) <= passes(strategy) * gpu.extra_kernels(use)
+
+
+def starts(program: hlo.Program) -> int:
+    """Of kernels, a turn of every loop."""
+    work = (i.opcode for _, i in inside_loops(program, program.entry))
+    return len([opcode for opcode in work if opcode not in _NO_WRITE and not opcode.endswith("-done")])
 
 
 def test_a_loop_with_kernels_moves_fewer_bytes():

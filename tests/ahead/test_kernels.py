@@ -1,4 +1,5 @@
-"""The TPU kernels as Mosaic compiles them: legal tiles and DMAs, in place, nothing moved that need not be."""
+"""The kernels as Mosaic compiles them for TPUs and Triton for GPUs: legal tiles, DMAs and blocks that fit into the
+memory on chip, in place, nothing moved that need not be."""
 
 import re
 
@@ -10,11 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lsjax.scale import compile_only
 from lsjax.scale.hardware import parse_topology
-from pallas_kernels.kv_cache import tpu_attend, tpu_write
+from pallas_kernels.kv_cache import gpu_attend, gpu_write, tpu_attend, tpu_write
 
 compile_only.prepare()
 pytest.importorskip("libtpu", reason="make test-ahead installs it")
 
+GPUS = ["gpu:a100-80:1x1", "gpu:h100:1x1"]
 TARGETS = ["tpu:v5e:1x1", "tpu:v5p:1x1x1", "tpu:v6e:1x1"]
 
 
@@ -22,8 +24,9 @@ def compiled(topology: str, function, *shapes, donate=()):
     mesh = Mesh(np.array(compile_only.compile_only_devices(parse_topology(topology))[:1]), ("one",))
     here = NamedSharding(mesh, PartitionSpec())
     shapes = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in shapes]
+    platform = {"tpu": "tpu", "gpu": "cuda"}[topology.partition(":")[0]]
     with jax.set_mesh(mesh):  # pl.multiple_of asks which TPU it is for
-        return jax.jit(function, donate_argnums=donate).trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
+        return jax.jit(function, donate_argnums=donate).trace(*shapes).lower(lowering_platforms=(platform,)).compile()
 
 
 def copies(text: str, size: int) -> list[str]:
@@ -92,3 +95,37 @@ def test_attend_moves_no_cache(topology, dtype, shape):
     assert program.memory_analysis().temp_size_in_bytes < max(2 * queries, 1 << 19)
     assert not copies(program.as_text(), np.prod(cache))
     assert "decode_attend" in program.as_text()
+
+
+@pytest.mark.parametrize(("rows", "heads", "capacity", "width", "tokens"), [(4, 8, 4096, 128, 1), (3, 1, 1000, 32, 16)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("topology", GPUS)
+def test_a_gpu_writes_in_place(topology, dtype, rows, heads, capacity, width, tokens):
+    cache, new = ((rows, heads, capacity, width), dtype), ((rows, tokens, heads, width), dtype)
+    program = compiled(topology, gpu_write.write, cache, cache, new, new, ((rows,), "int32"), donate=(0, 1))
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes == 2 * np.prod(cache[0]) * jnp.dtype(dtype).itemsize
+    assert memory.temp_size_in_bytes == 0
+    assert not copies(program.as_text(), np.prod(cache[0]))
+    assert "kv_write" in program.as_text()
+
+
+# As ATTENDS. The last two: as many queries as any, and as wide, which is what shared memory has to hold.
+GPU_ATTENDS = [(4, 8, 4, 4096, 128, 1), (2, 3, 3, 1000, 64, 2), (1, 8, 8, 1024, 128, 16), (1, 2, 128, 300, 128, 1)]
+
+
+@pytest.mark.parametrize("shape", GPU_ATTENDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("topology", GPUS)
+def test_attention_on_gpu_fits_and_moves_no_cache(topology, dtype, shape):
+    """Two kernels and nothing else; between them, what every split gives for every query, filled up, in float32."""
+    rows, heads, group, capacity, width, tokens = shape
+    cache = ((rows, heads, capacity, width), dtype)
+    arrays = [((rows, tokens, heads, group, width), dtype), cache, cache, ((rows,), "int32")]
+    program = compiled(topology, gpu_attend.attend, *arrays)
+    splits, queries = -(-capacity // gpu_attend.SPLIT), np.prod(gpu_attend.tiles(tokens, group))
+    partials = rows * heads * splits * queries * (width + 2) * 4
+    assert program.memory_analysis().temp_size_in_bytes <= partials + 1024
+    entry = program.as_text().partition("ENTRY")[2]
+    assert re.findall(r"custom-call.*/(\w+)/pallas_call", entry) == ["decode_attend", "decode_combine"]
+    assert not re.search(r" (fusion|copy|transpose)\(", entry)

@@ -1,7 +1,11 @@
-"""TPU kernels on the CPU: a TPU's memories, DMAs and semaphores simulated, accesses watched for races."""
+"""Kernels on the CPU. Of a TPU memories, DMAs and semaphores are simulated, and accesses watched for races; a GPU's
+programs run one after the other, their refs being arrays, NaN before anything is stored."""
 
 import contextlib
+import functools
+from unittest import mock
 
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 
@@ -23,3 +27,10 @@ def simulated_tpu(watched: pltpu.InterpretParams = WATCHED):
         assert not (watched.detect_races and simulator.races.races_found)
     finally:  # a kernel that failed leaves no trace for the next one
         simulator.reset_tpu_interpret_mode_state()
+
+
+@contextlib.contextmanager
+def simulated_gpu():
+    """What is traced inside runs in Pallas' interpreter."""
+    with mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True)):
+        yield

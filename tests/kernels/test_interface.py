@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,13 @@ from lsjax.decoding.passes import decoder_weights
 from lsjax.decoding.programs import DecodeShape, choose_kernels, lower_decoding
 from lsjax.decoding.rules import Greedy
 from lsjax.decoding.strategies import Autoregressive, SelfSpeculative
+from pallas_kernels.kv_cache import gpu, tpu, triton_backend
 from pallas_kernels.kv_cache import interface as kv_cache
-from pallas_kernels.kv_cache import tpu
 from tests.conftest import TINY, random_params
-from tests.kernels.interpreted import UNWATCHED, simulated_tpu
+from tests.kernels.interpreted import UNWATCHED, simulated_gpu, simulated_tpu
 
+SIMULATED = {"tpu": lambda: simulated_tpu(UNWATCHED), "gpu": simulated_gpu}
+FEWER_BUT_MORE = "kernels would move 0.92 times the bytes in 2 more kernels a layer"
 USE = kv_cache.Use(2, 8, 128, capacity=4096, mean_length=1024, tokens=5, dtype=jnp.bfloat16)
 
 
@@ -27,7 +30,23 @@ USE = kv_cache.Use(2, 8, 128, capacity=4096, mean_length=1024, tokens=5, dtype=j
         ("on", "tpu", {}, "tpu"),
         ("off", "tpu", {}, "plain (kernels are off)"),
         ("on", "cpu", {}, "plain (no kernels for cpu)"),
-        ("auto", "gpu", {}, "plain (no kernels for gpu)"),
+        ("auto", "gpu", {}, "gpu"),
+        ("on", "gpu", {}, "gpu"),
+        ("on", "gpu", {"head_width": 96}, "plain (no GPU kernels for head width 96, only 32, 64, 128)"),
+        ("on", "gpu", {"tokens": 17}, "plain (no GPU kernels for 17 tokens a pass, at most 16)"),
+        ("on", "gpu", {"tokens": 9, "group": 9}, "plain (no GPU kernels for 9 tokens of 9 query heads a KV head)"),
+        ("on", "gpu", {"dtype": jnp.float16}, "plain (no GPU kernels for float16)"),
+        ("on", "gpu", {"devices": 2}, "plain (no GPU kernels for a cache split over 2 devices)"),
+        # One row: two kernels more a layer, for 128 empty entries or for 3,072.
+        (
+            "auto",
+            "gpu",
+            {"rows": 1, "capacity": 1152},
+            "plain (kernels would move 0.92 times the bytes in 2 more kernels a layer)",
+        ),
+        ("auto", "gpu", {"rows": 1, "capacity": 4096}, "gpu"),
+        # Nearly full: what the splits leave to be combined is more than what is not read.
+        ("auto", "gpu", {"capacity": 1024, "mean_length": 1020}, "plain (kernels would move 1.04 times the bytes)"),
         ("on", "tpu", {"head_width": 96}, "plain (no TPU kernels for head width 96, which is no multiple of 64)"),
         ("on", "tpu", {"tokens": 17}, "plain (no TPU kernels for 17 tokens a pass, at most 16)"),
         ("on", "tpu", {"dtype": jnp.float16}, "plain (no TPU kernels for float16)"),
@@ -48,6 +67,34 @@ def test_bytes():
     assert tpu.bytes_per_pass(USE._replace(mean_length=1025)) == 2 * 8 * (1280 + 2 * 32) * 2 * 128 * 2
 
 
+def test_bytes_on_gpu():
+    """2 rows x 8 heads x 1024 + 5 entries, of 2 x 128 numbers of 2 bytes; and, written and read, of 4 splits x 5 tokens
+    x 3 heads 128 values, a maximum and a sum in float32."""
+    moved = 2 * 8 * (1024 + 5) * 2 * 128 * 2 + 2 * 2 * 8 * 4 * 5 * 3 * (128 + 2) * 4
+    assert gpu.bytes_per_pass(USE._replace(group=3)) == moved
+    assert gpu.entries_read(USE) == 1024
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [
+        ("8.0", None),
+        ("9.0", None),
+        ("7.5", "no GPU kernels for compute capability 7.5, only 8.0 and 9.0"),
+        ("gfx942", "no GPU kernels for compute capability gfx942, only 8.0 and 9.0"),
+    ],
+)
+def test_only_gpus_that_they_were_compiled_for(monkeypatch, capability, reason):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    assert gpu.why_not(USE) == reason
+
+
+def test_a_jax_without_pallas_for_triton_has_no_gpu_kernels(monkeypatch):
+    monkeypatch.setattr(triton_backend, "triton", None)
+    assert gpu.why_not(USE) == f"no GPU kernels in jax {jax.__version__}, which has no Pallas for Triton"
+
+
 def test_what_cannot_be_is_said_once(caplog):
     weights = decoder_weights(random_params(TINY), jnp.float32)
     shape = DecodeShape(1, 16, 64, 32, 1)
@@ -62,7 +109,8 @@ def test_what_cannot_be_is_said_once(caplog):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 20])
-def test_the_same_cache_by_either(tokens):
+@pytest.mark.parametrize("platform", SIMULATED)
+def test_the_same_cache_by_either(platform, tokens):
     """Filled, written and attended to; with more tokens than the kernels take, too."""
     rng = np.random.default_rng(tokens)
     random = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
@@ -76,14 +124,15 @@ def test_the_same_cache_by_either(tokens):
         return kv_cache.attend(q, cache, positions), cache
 
     plain, held = jax.jit(lambda: attended("plain"))()
-    with simulated_tpu(UNWATCHED):
-        packed, cache = jax.jit(lambda: attended("tpu"))()
-        np.testing.assert_allclose(packed, plain, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(cache.kv[:, :, :80], np.concatenate(held, axis=3))
+    with SIMULATED[platform]():
+        mixed, cache = jax.jit(lambda: attended(platform))()
+        np.testing.assert_allclose(mixed, plain, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(np.concatenate(cache, axis=3)[:, :, :80], np.concatenate(held, axis=3))
 
 
 @pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(1, 2)], ids=lambda s: s.name)
-def test_decoding_by_either_gives_the_same_tokens(strategy):
+@pytest.mark.parametrize("platform", SIMULATED)
+def test_decoding_by_either_gives_the_same_tokens(platform, strategy):
     """The whole of prefill and loop, rows of several lengths, kernels simulated (races are looked for elsewhere)."""
     config = dataclasses.replace(TINY, num_layers=2, head_width=64, tie_embeddings=False)
     weights = decoder_weights(random_params(config), jnp.float32)
@@ -100,7 +149,7 @@ def test_decoding_by_either_gives_the_same_tokens(strategy):
         return jax.tree.map(np.array, loop(weights, state, limit, stop, Greedy(), jnp.int32(100))._replace(cache=()))
 
     plain = decoded("plain")
-    with simulated_tpu(UNWATCHED):
-        kernels = decoded("tpu")
+    with SIMULATED[platform]():
+        kernels = decoded(platform)
     assert (plain.emitted == 8).all()
     jax.tree.map(np.testing.assert_array_equal, kernels, plain)
