@@ -38,8 +38,10 @@ def bits(a) -> np.ndarray:
     return np.asarray(a).view(np.uint8)
 
 
-@pytest.mark.parametrize(("tokens", "heads", "width"), [(1, 1, 64), (2, 8, 128), (5, 3, 64), (16, 2, 128), (3, 32, 64)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "heads", "width"),
+    [("float32", 1, 1, 64), ("float32", 5, 3, 128), ("bfloat16", 16, 2, 128), ("bfloat16", 3, 32, 64)],
+)
 def test_entries_of_every_row_at_its_position(dtype, tokens, heads, width):
     """Keys as they come; values that are not finite as 0. What lies beside them keeps its bits, numbers or not."""
     rng = np.random.default_rng(tokens)
