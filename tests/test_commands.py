@@ -262,8 +262,37 @@ def test_bad_input_to_compile_ahead(name, tmp_path):
     assert result.stderr.count("\n") == 1, result.stderr
 
 
+def test_kernels_are_counted_where_they_cannot_be_measured(tmp_path):
+    path = tmp_path / "kernels.json"
+    result = run("benchmark_kernels.py", "--rows=1", "--tokens=1,4", "--lengths=100", f"--report={path}")
+    assert result.returncode == 0, result.stderr
+    assert "no accelerator here: nothing was measured" in result.stdout
+    report = json.loads(path.read_text())
+    assert not report["measured"]
+    assert {run["tokens"] for run in report["runs"]} == {1, 4}
+    assert {run["by"] for run in report["runs"]} == {"plain", "gpu", "jax.nn", "jax Pallas"}
+
+
+BAD_BENCHMARK = {
+    "words": (["--rows=two"], "--rows wants numbers"),
+    "a chip that is none": (["--chip=gpu:h900"], "chip is 'gpu:h900'; it must be one of tpu:v4"),
+    "longer than there is room for": (["--lengths=5000"], "length 5000 must be 1 (tokens) to 4096 (capacity)"),
+    "report folder": (["--report={tmp}/no/report.json"], "folder does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BENCHMARK)
+def test_bad_input_to_benchmark_kernels(name, tmp_path):
+    arguments, message = BAD_BENCHMARK[name]
+    result = run("benchmark_kernels.py", *(a.format(tmp=tmp_path) for a in arguments))
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
 COMMANDS = [
-    "train.py", "decode.py", "convert.py", "compile_ahead.py", "demo.py", "demo_pretrained.py", "ablate.py"
+    "train.py", "decode.py", "convert.py", "compile_ahead.py", "demo.py", "demo_pretrained.py", "ablate.py",
+    "benchmark_kernels.py",
 ]  # fmt: skip
 
 

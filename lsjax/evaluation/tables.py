@@ -73,6 +73,31 @@ def bandwidth_line(report: dict[str, Any]) -> str:
     )
 
 
+def kernel_table(report: dict[str, Any]) -> Table:
+    """A row a way to write to the KV cache or to attend to it; times only where they were measured."""
+    title = (
+        f"KV cache on {report['device']}" if report["measured"] else f"KV cache, bytes and bounds of {report['chip']}"
+    )
+    table = Table(title=title, title_justify="left")
+    measured = ("µs", "GB/s", "of peak", "difference") if report["measured"] else ()
+    for name in ("", "by", "rows", "tokens", "length", "MB", "µs at peak", *measured):
+        table.add_column(name, justify="left" if name in ("", "by") else "right")
+    for run in report["runs"]:
+        times = (
+            _text(run["microseconds"], ".1f"),
+            _text(run["gigabytes_per_second"], ".0f"),
+            _text(run["share_of_peak"], ".0%"),
+            _text(run["largest_difference"], ".1e"),
+        )
+        table.add_row(
+            *(str(run[key]) for key in ("operation", "by", "rows", "tokens", "length")),
+            f"{run['bytes'] / 1e6:.3f}",
+            _text(run["roofline_microseconds"], ".2f"),
+            *(times if report["measured"] else ()),
+        )
+    return table
+
+
 def print_table(table: Table) -> None:
     """On a terminal, fitted to it; in a file, as wide as its content, so that rows stay whole."""
     console = Console(highlight=False)

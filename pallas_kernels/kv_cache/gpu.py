@@ -43,10 +43,10 @@ def entries_read(use: reference.Use) -> int:
     return use.mean_length
 
 
-def bytes_per_pass(use: reference.Use) -> int:
-    """Of one layer's cache: the entries read, those written, and what the splits of a row leave to be combined."""
+def bytes_moved(use: reference.Use) -> tuple[int, int]:
+    """Of one layer's cache: (the entries written; those read, and what the splits of a row leave to be combined)."""
     partials = gpu_attend.partial_bytes(use.mean_length, use.tokens, use.group, use.head_width)
-    return use.bytes_of(use.mean_length + use.tokens) + use.rows * use.num_kv_heads * partials
+    return use.bytes_of(use.tokens), use.bytes_of(use.mean_length) + use.rows * use.num_kv_heads * partials
 
 
 def extra_kernels(use: reference.Use) -> int:

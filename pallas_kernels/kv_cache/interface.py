@@ -42,7 +42,7 @@ def choose(setting: str, platform: str, use: Use) -> Kernels:
     reason = kernels.why_not(use)
     if reason:
         return Kernels(PLAIN, reason)
-    moved, more, plain = kernels.bytes_per_pass(use), kernels.extra_kernels(use), reference.bytes_per_pass(use)
+    moved, more, plain = sum(kernels.bytes_moved(use)), kernels.extra_kernels(use), sum(reference.bytes_moved(use))
     if setting == "auto" and moved + more * _START_BYTES >= plain:
         in_more = f" in {more} more kernels a layer" if more else ""
         return Kernels(PLAIN, f"kernels would move {moved / plain:.2f} times the bytes{in_more}")

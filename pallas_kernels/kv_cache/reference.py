@@ -48,8 +48,9 @@ def entries_read(use: Use) -> int:
     return use.capacity
 
 
-def bytes_per_pass(use: Use) -> int:
-    return use.bytes_of(entries_read(use) + use.tokens)
+def bytes_moved(use: Use) -> tuple[int, int]:
+    """Of one layer's cache: (by writing, by attending)."""
+    return use.bytes_of(use.tokens), use.bytes_of(entries_read(use))
 
 
 def init_layer_cache(batch: int, num_kv_heads: int, capacity: int, head_width: int, dtype) -> LayerCache:

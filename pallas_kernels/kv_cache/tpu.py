@@ -48,9 +48,9 @@ def entries_read(use: reference.Use) -> int:
     return min(blocks * tpu_attend.SPLIT, held_entries(use.capacity))
 
 
-def bytes_per_pass(use: reference.Use) -> int:
-    """Of one layer's cache: its blocks, and the tiles that are written, there and back."""
-    return use.bytes_of(entries_read(use) + 2 * tpu_write.window_entries(use.tokens, use.dtype))
+def bytes_moved(use: reference.Use) -> tuple[int, int]:
+    """Of one layer's cache: (the tiles that are written, there and back; the blocks that are read)."""
+    return use.bytes_of(2 * tpu_write.window_entries(use.tokens, use.dtype)), use.bytes_of(entries_read(use))
 
 
 def extra_kernels(use: reference.Use) -> int:

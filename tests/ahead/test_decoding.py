@@ -198,7 +198,7 @@ def test_a_loop_with_gpu_kernels_moves_fewer_bytes(topology, strategy, rows):
             rest -= times * _moved(program, owners[id(instruction)], instruction)
     use = Use(rows, 32, 128, C, PROMPT + NEW // 2, 1, "bfloat16")
     drafts, early = getattr(strategy, "num_speculations", 0), getattr(strategy, "exit_layer", 0)
-    by_one, verifying = gpu.bytes_per_pass(use), gpu.bytes_per_pass(use._replace(tokens=1 + drafts))
+    by_one, verifying = sum(gpu.bytes_moved(use)), sum(gpu.bytes_moved(use._replace(tokens=1 + drafts)))
     kernels = (drafts + 1) * early * by_one + (L - early) * verifying
     assert rest + kernels < memory_traffic(plain)
     assert starts(program) - starts(plain) <= passes(strategy) * gpu.extra_kernels(use)
@@ -220,7 +220,7 @@ def test_a_loop_with_kernels_moves_fewer_bytes():
     for computation, instruction in inside_loops(program, program.entry):
         if is_kernel(instruction, "kv_write") or is_kernel(instruction, "decode_attend"):
             rest -= _moved(program, program.computations[computation], instruction)
-    kernels = L * tpu.bytes_per_pass(Use(rows, 32, 128, C, PROMPT + NEW // 2, tokens, "bfloat16"))
+    kernels = L * sum(tpu.bytes_moved(Use(rows, 32, 128, C, PROMPT + NEW // 2, tokens, "bfloat16")))
     caches = 2 * L * cache_array(rows)
     assert kernels < 0.8 * caches
     assert rest + caches < memory_traffic(plain)

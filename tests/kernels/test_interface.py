@@ -63,15 +63,15 @@ def test_choice(setting, platform, change, expected):
 
 def test_bytes():
     """Counted by hand: 2 rows x 8 heads x (1024 entries, and twice 2 tiles of 16) x 2 x 128 numbers of 2 bytes."""
-    assert tpu.bytes_per_pass(USE) == 2 * 8 * (1024 + 2 * 32) * 2 * 128 * 2
-    assert tpu.bytes_per_pass(USE._replace(mean_length=1025)) == 2 * 8 * (1280 + 2 * 32) * 2 * 128 * 2
+    assert sum(tpu.bytes_moved(USE)) == 2 * 8 * (1024 + 2 * 32) * 2 * 128 * 2
+    assert sum(tpu.bytes_moved(USE._replace(mean_length=1025))) == 2 * 8 * (1280 + 2 * 32) * 2 * 128 * 2
 
 
 def test_bytes_on_gpu():
     """2 rows x 8 heads x 1024 + 5 entries, of 2 x 128 numbers of 2 bytes; and, written and read, of 4 splits x 5 tokens
     x 3 heads 128 values, a maximum and a sum in float32."""
     moved = 2 * 8 * (1024 + 5) * 2 * 128 * 2 + 2 * 2 * 8 * 4 * 5 * 3 * (128 + 2) * 4
-    assert gpu.bytes_per_pass(USE._replace(group=3)) == moved
+    assert sum(gpu.bytes_moved(USE._replace(group=3))) == moved
     assert gpu.entries_read(USE) == 1024
 
 
