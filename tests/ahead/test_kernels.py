@@ -1,6 +1,7 @@
 """The kernels as Mosaic compiles them for TPUs and Triton for GPUs: legal tiles, DMAs and blocks that fit into the
 memory on chip, in place, nothing moved that need not be."""
 
+import functools
 import re
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lsjax.decoding.kernel_benchmark import Case, again_and_again, make_arrays, once, ways
 from lsjax.scale import compile_only
 from lsjax.scale.hardware import parse_topology
 from pallas_kernels.kv_cache import gpu_attend, gpu_write, tpu_attend, tpu_write
@@ -129,3 +131,24 @@ def test_attention_on_gpu_fits_and_moves_no_cache(topology, dtype, shape):
     entry = program.as_text().partition("ENTRY")[2]
     assert re.findall(r"custom-call.*/(\w+)/pallas_call", entry) == ["decode_attend", "decode_combine"]
     assert not re.search(r" (fusion|copy|transpose)\(", entry)
+
+
+def run_flat(program, tree, *leaves):
+    return program(*tree.unflatten(leaves))
+
+
+@pytest.mark.parametrize("topology", [*GPUS, "tpu:v5e:1x1"])
+def test_what_the_benchmark_runs_compiles(topology):
+    """Every way, JAX's own too, on the cache of one layer and on those of two."""
+    case = Case(rows=2, tokens=1, length=300, capacity=512, num_kv_heads=8, group=4, head_width=128, dtype="bfloat16")
+    found = list(ways(case, topology.partition(":")[0]))
+    assert len(found) == (6 if topology in GPUS else 5)
+    arrays = jax.eval_shape(lambda: make_arrays(case))
+    for way in found:
+        one = jax.eval_shape(way.make, arrays)
+        for program, arguments in ((once(way), one), (again_and_again(way, 2), [(a, a) for a in one])):
+            inputs, tree = jax.tree.flatten(tuple(arguments))
+            shapes = [(a.shape, a.dtype) for a in inputs]
+            text = compiled(topology, functools.partial(run_flat, program, tree), *shapes).as_text()
+            if way.by in ("gpu", "tpu"):
+                assert {"write": "kv_write", "attend": "decode_attend"}[way.operation] in text
