@@ -36,10 +36,9 @@ def benchmark(
     Autoregressive decoding always runs too: it is what `speedup` and `matches_autoregressive` compare with (None when
     sampling: the distribution is the same, not the tokens).
     `stop`: texts that end a row, as in `generate`; the look for them after every round is inside the times.
-    Prompts go one at a time; with a batch_size above 1 so many side by side, by every strategy in turn, one that is done
-    making room for the next. `rivals`: other decoders of the same prompts, measured in the same rounds. `tuning`: its
-    predictions stand beside what is measured. `bandwidth`: what autoregressive decoding reads, and how fast beside a
-    plain read of the weights.
+    Prompts go one at a time; with a batch_size above 1 so many side by side, one that is done making room for the next.
+    `rivals`: other decoders of the same prompts, measured in the same rounds. `tuning`: its predictions stand beside
+    what is measured. `bandwidth`: what autoregressive decoding reads, and how fast beside a plain read of the weights.
     """
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
@@ -93,7 +92,7 @@ def prompt_batches(
     seed: int = 0,
     stop: str | Sequence[str] = (),
 ) -> list[PromptBatch]:
-    """A batch a prompt; or, with a batch_size above 1, one of all, filled up from the first ones if it has more rows."""
+    """A batch a prompt; with a batch_size above 1, one of all, filled up from the first ones if it has more rows."""
     if batch_size == 1:
         groups = [[prompt] for prompt in prompts]
     else:

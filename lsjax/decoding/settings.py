@@ -125,7 +125,7 @@ def measure_settings(
 ) -> Tuning | None:
     """Predictions for every exit layer with every draft length; None when every text ends with its first token.
 
-    Texts are looked at in their first tokens; of many batches a few, spread evenly, and of many prompts in one the first.
+    Texts are looked at in their first tokens; of many batches a few, spread evenly, of many prompts the first.
     """
     chosen = range(0, len(batches), -(-len(batches) // _SAMPLE_BATCHES))
     batches = [batches[index].part(0, _SAMPLE_BATCHES * batches[index].rows) for index in chosen]
