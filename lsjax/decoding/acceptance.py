@@ -5,6 +5,7 @@ exactly what the drafter would have seen. Run lengths are those of this text, no
 """
 
 import functools
+import heapq
 
 import jax
 import jax.numpy as jnp
@@ -60,3 +61,12 @@ def expected_rounds(acceptance: np.ndarray, tokens: np.ndarray, num_speculations
         rounds += reached * left[..., min(i + num_speculations + 1, n)]
         left[..., i] = np.where(i < tokens, rounds, 0.0)
     return left[..., 1]
+
+
+def batch_rounds(rounds: np.ndarray, rows: int) -> float:
+    """Rounds until texts that take `rounds` [N] each are all out, `rows` of them at a time: the next takes the row that
+    is free first."""
+    ends = [0.0] * rows
+    for count in rounds:
+        heapq.heapreplace(ends, ends[0] + count)
+    return max(ends)

@@ -19,8 +19,8 @@ _SMALLEST_BUCKET = 16
 
 
 class PromptBatch(NamedTuple):
-    """Prompts ready for the device: tokens [B, bucket] right-padded, lengths [B]; and where texts end: `stop` [n] holds
-    token ids, `stop_texts` the stop strings."""
+    """Prompts ready for the device: tokens [N, bucket] right-padded, lengths [N]; and where texts end: `stop` [n] holds
+    token ids, `stop_texts` the stop strings. `at_once`: how many of them are decoded side by side (0: all)."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -28,6 +28,18 @@ class PromptBatch(NamedTuple):
     stop: np.ndarray
     rule: Rule = Greedy()
     stop_texts: tuple[str, ...] = ()
+    at_once: int = 0
+
+    @property
+    def rows(self) -> int:
+        """B, of the decoding state: the prompts beyond them wait for a row that is done."""
+        return min(self.at_once or len(self.lengths), len(self.lengths))
+
+    def part(self, start: int, stop: int) -> "PromptBatch":
+        """Some of its prompts."""
+        rows = range(len(self.lengths))[start:stop]
+        tokens, lengths = self.tokens[start:stop], self.lengths[start:stop]
+        return self._replace(tokens=tokens, lengths=lengths, rule=self.rule.of_rows(rows))
 
     @classmethod
     def make(
@@ -39,8 +51,11 @@ class PromptBatch(NamedTuple):
         seed: int = 0,
         stop: str | Sequence[str] = (),
         stop_tokens: Sequence[int] = (),
+        batch_size: int | None = None,
     ) -> "PromptBatch":
         check_sampling(sampling)
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
         texts, extra = check_stop(stop), check_stop_tokens(stop_tokens, model.config.vocab_size)
         if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not len(prompts):
             raise UserError("prompts must be a list of at least one text or token list")
@@ -52,7 +67,7 @@ class PromptBatch(NamedTuple):
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = row
         ids = np.array([*model.tokenizer.stop, *extra], np.int32)
-        return cls(tokens, lengths, max_new_tokens, ids, _rule(sampling, rows, seed), texts)
+        return cls(tokens, lengths, max_new_tokens, ids, _rule(sampling, rows, seed), texts, batch_size or 0)
 
 
 def _rule(sampling: Sampling, rows: list[list[int]], seed: int) -> Rule:

@@ -36,9 +36,9 @@ def benchmark(
     Autoregressive decoding always runs too: it is what `speedup` and `matches_autoregressive` compare with (None when
     sampling: the distribution is the same, not the tokens).
     `stop`: texts that end a row, as in `generate`; the look for them after every round is inside the times.
-    Prompts go in groups of batch_size; a last group that is not full is filled up from the first prompts. `rivals`:
-    other decoders of the same prompts, measured in the same rounds. `tuning`: its predictions stand beside what is
-    measured. `bandwidth`: what autoregressive decoding reads, and how fast beside a plain read of the weights.
+    Prompts go one at a time; with a batch_size above 1 so many side by side, one that is done making room for the next.
+    `rivals`: other decoders of the same prompts, measured in the same rounds. `tuning`: its predictions stand beside
+    what is measured. `bandwidth`: what autoregressive decoding reads, and how fast beside a plain read of the weights.
     """
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
@@ -92,11 +92,14 @@ def prompt_batches(
     seed: int = 0,
     stop: str | Sequence[str] = (),
 ) -> list[PromptBatch]:
-    """The prompts in groups of batch_size, the last one filled up from the first prompts."""
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    groups = [_group(prompts, start, batch_size) for start in range(0, len(prompts), batch_size)]
-    return [PromptBatch.make(model, group, max_new_tokens, sampling, seed, stop) for group in groups]
+    """A batch a prompt; with a batch_size above 1, one of all, filled up from the first ones if it has more rows."""
+    if batch_size == 1:
+        groups = [[prompt] for prompt in prompts]
+    else:
+        groups = [[prompts[index % len(prompts)] for index in range(max(len(prompts), batch_size))]]
+    return [
+        PromptBatch.make(model, group, max_new_tokens, sampling, seed, stop, batch_size=batch_size) for group in groups
+    ]
 
 
 def _predicted(strategy: Strategy, tuning: Tuning | None) -> dict[str, float | None]:
@@ -105,10 +108,6 @@ def _predicted(strategy: Strategy, tuning: Tuning | None) -> dict[str, float | N
         "predicted_speedup": setting.speedup if setting else None,
         "predicted_tokens_per_round": setting.tokens_per_round if setting else None,
     }
-
-
-def _group(prompts: Sequence, start: int, size: int) -> list:
-    return [prompts[(start + offset) % len(prompts)] for offset in range(size)]
 
 
 class Trial:
@@ -133,7 +132,7 @@ class Trial:
         self.results[index].append(self.programs[index].run(self.model, self.batches[index]))
 
     def median(self, index: int, key: str) -> float | None:
-        values = [result.stats[0][key] for result in self.results[index]]
+        values = [row[key] for result in self.results[index] for row in result.stats]
         return None if None in values else statistics.median(values)
 
     def medians(self, key: str) -> list[float]:
@@ -142,11 +141,11 @@ class Trial:
 
     def bytes_per_round(self) -> int:
         """Read at the least, on average over the batches."""
-        how = self.programs[0].weights(self.model), self.model.config, self.strategy, len(self.batches[0].lengths)
+        how = self.programs[0].weights(self.model), self.model.config, self.strategy, self.batches[0].rows
         return sum(bytes_per_round(*how, program.entries_read) for program in self.programs) // len(self.programs)
 
     def seconds_per_pass(self) -> float | None:
-        rounds = sum(max(row["rounds"] for row in results[0].stats) for results in self.results)
+        rounds = sum(results[0].stats[0]["batch_rounds"] for results in self.results)
         return sum(self.medians("seconds")) / rounds if rounds else None
 
     def summary(self, reference: "Trial", greedy: bool = True) -> dict[str, Any]:

@@ -10,11 +10,10 @@ import numpy as np
 
 from lsjax.config import ModelConfig
 from lsjax.decoding.batch import PromptBatch
-from lsjax.decoding.loops import Decoding
 from lsjax.decoding.passes import DRAFT, Weights
-from lsjax.decoding.programs import DecodeShape, cache_use, choose_kernels, lower_decoding
+from lsjax.decoding.programs import DecodeShape, cache_use, choose_kernels, lower_decoding, lower_refill
 from lsjax.decoding.rules import Rule
-from lsjax.decoding.running import Running
+from lsjax.decoding.running import Programs, Row, Running
 from lsjax.decoding.settings import settle
 from lsjax.decoding.stops import final_text, text_so_far
 from lsjax.decoding.strategies import Autoregressive, Sampling, Strategy, check_strategy, lookahead
@@ -42,9 +41,11 @@ def generate(
     seed: int = 0,
     stop: str | Sequence[str] = (),
     stop_tokens: Sequence[int] = (),
+    batch_size: int | None = None,
 ) -> GenerateResult:
-    """Continuations of prompts (texts or token lists, of any lengths) in one batch, greedy unless `sampling` says else.
+    """Continuations of prompts (texts or token lists, of any lengths), greedy unless `sampling` says else.
 
+    batch_size: how many are decoded side by side (None: all of them); one that is done makes room for the next.
     A row's result does not depend on the others: what is drawn depends on the seed, the prompt, and how many equal
     prompts stand before it (so that n copies give n samples). A row ends with the tokenizer's stop token or one of
     `stop_tokens`; with the token that completes one of the texts in `stop`, its own text just before that; or after
@@ -55,7 +56,7 @@ def generate(
     long texts (for many calls, `tune` once). Where none is predicted to be faster, decoding is autoregressive; `stats`
     say what it was. Raises UserError on an empty or too long prompt, a token, an exit layer or a setting out of range.
     """
-    batch = PromptBatch.make(model, prompts, max_new_tokens, sampling, seed, stop, stop_tokens)
+    batch = PromptBatch.make(model, prompts, max_new_tokens, sampling, seed, stop, stop_tokens, batch_size)
     return _compiled_program(model, strategy, batch).run(model, batch)
 
 
@@ -147,12 +148,14 @@ class DecodeProgram:
 
     def __init__(self, config: ModelConfig, strategy: Strategy, batch: PromptBatch):
         check_strategy(strategy, config.num_layers)
-        rows, bucket = batch.tokens.shape
+        bucket = batch.tokens.shape[1]
         new = -(-batch.max_new_tokens // _CAPACITY_STEP) * _CAPACITY_STEP
         capacity = -(-(bucket + new + lookahead(strategy)) // _CAPACITY_STEP) * _CAPACITY_STEP
         self.strategy, self.capacity = strategy, capacity
-        shape = DecodeShape(rows, bucket, capacity, new + lookahead(strategy), batch.stop.size)
-        self._arguments = (config, strategy, shape, jax.tree.map(jax.typeof, batch.rule))
+        shape = DecodeShape(batch.rows, bucket, capacity, new + lookahead(strategy), batch.stop.size)
+        rule = batch.rule.of_rows(range(batch.rows))
+        self._arguments = (config, strategy, shape, jax.tree.map(jax.typeof, rule))
+        self._refilled = batch.rows < len(batch.lengths)
 
     def weights(self, model: Model) -> Weights:
         """What it reads of a model: with int8 drafts, two of each early layer."""
@@ -169,74 +172,74 @@ class DecodeProgram:
         self.kernels = choose_kernels(kernels, weights, config, strategy, shape, None)
         self.entries_read = KERNELS[self.kernels.name].entries_read(cache_use(weights, config, strategy, shape))
         shape = shape._replace(kernels=self.kernels.name)
-        self._prefill, self._decode = _compiled(tree, tuple(leaves), config, strategy, shape, rule)
+        arguments = tree, tuple(leaves), config, strategy, shape, rule
+        refill = _compiled_refill(*arguments) if self._refilled else ()
+        self._programs = Programs(*_compiled(*arguments), *refill)
         return time.perf_counter() - began
 
     def start(self, model: Model, batch: PromptBatch) -> Running:
-        return Running(self._prefill, self._decode, self.weights(model), batch, model.tokenizer)
+        return Running(self._programs, self.weights(model), batch, model.tokenizer)
 
     def run(self, model: Model, batch: PromptBatch) -> GenerateResult:
         """Decodes, timing prefill (to the first token) and the loop; compilation is never inside."""
         running = self.start(model, batch)
-        began = time.perf_counter()
         running.prefill(look=bool(batch.stop_texts))
-        first = time.perf_counter()
-        if batch.stop_texts:
-            while not running.seen.done.all():
-                running.one_round()
-        else:
-            running.to_the_end()
-        ended = time.perf_counter()
-        running.look()
-        return self._result(model, batch, running.seen, first - began, ended - first)
+        running.to_the_end()
+        return self._result(model, batch, running)
 
-    def _result(
-        self, model: Model, batch: PromptBatch, state: Decoding, prefill_seconds: float, seconds: float
-    ) -> GenerateResult:
-        rows = len(state.emitted)
-        tokens = [state.tokens[row, : state.emitted[row]].tolist() for row in range(rows)]
+    def _result(self, model: Model, batch: PromptBatch, running: Running) -> GenerateResult:
+        rows, seconds = running.results(), running.seconds
         # The loop emits all but the first token of each row, which is prefill's.
-        looped = int(state.emitted.sum()) - rows
+        looped = sum(len(row.tokens) - 1 for row in rows)
         common = {
             "strategy": self.strategy.name,
             "exit_layer": getattr(self.strategy, "exit_layer", None),
             "num_speculations": getattr(self.strategy, "num_speculations", None),
             "draft_weights": getattr(self.strategy, "draft_weights", None),
             "lookup": getattr(self.strategy, "lookup", None),
-            "batch_size": rows,
+            "batch_size": batch.rows,
+            "batch_rounds": int(running.seen.round),
             "kernels": str(self.kernels),
             "seconds": seconds,
             "ms_per_token": 1e3 * seconds / looped if looped else None,
             "tokens_per_second": looped / seconds if looped else None,
-            "time_to_first_token_ms": 1e3 * prefill_seconds,
         }
         texts, stats = [], []
-        for row in range(rows):
-            text, reason = _ending(model, batch, tokens[row])
-            by_position = {
-                "drafted_by_position": state.drafted_at[row].tolist(),
-                "accepted_by_position": state.accepted_at[row].tolist(),
-            }
-            drafted, accepted = (sum(counts) for counts in by_position.values())
-            rounds = int(state.rounds[row])
-            counts = {
-                "new_tokens": len(tokens[row]),
-                "finish_reason": reason,
-                "rounds": rounds,
-                "drafted": drafted,
-                "accepted": accepted,
-                **by_position,
-                "acceptance_rate": accepted / drafted if drafted else None,
-                "acceptance_by_position": rates_by_position([by_position]),
-                "tokens_per_round": (len(tokens[row]) - 1) / rounds if rounds else None,
-            }
+        for row, prefill_seconds in zip(rows, running.prefill_seconds, strict=True):
+            text, reason = _ending(model, batch, row.tokens)
             texts.append(text)
-            stats.append(common | counts)
-        return GenerateResult(tokens, texts, stats)
+            first = {"finish_reason": reason, "time_to_first_token_ms": 1e3 * float(prefill_seconds)}
+            stats.append(common | first | _counts(row))
+        return GenerateResult([row.tokens for row in rows], texts, stats)
+
+
+def _counts(row: Row) -> dict[str, Any]:
+    by_position = {
+        "drafted_by_position": row.drafted_at.tolist(),
+        "accepted_by_position": row.accepted_at.tolist(),
+    }
+    drafted, accepted = (sum(counts) for counts in by_position.values())
+    return {
+        "new_tokens": len(row.tokens),
+        "rounds": row.rounds,
+        "drafted": drafted,
+        "accepted": accepted,
+        **by_position,
+        "acceptance_rate": accepted / drafted if drafted else None,
+        "acceptance_by_position": rates_by_position([by_position]),
+        "tokens_per_round": (len(row.tokens) - 1) / row.rounds if row.rounds else None,
+    }
 
 
 @functools.lru_cache(maxsize=256)
 def _compiled(tree, leaves, config: ModelConfig, strategy: Strategy, shape: DecodeShape, rule: Rule):
     """(prefill, decode) executables for these weights' layout and these shapes."""
     programs = lower_decoding(jax.tree.unflatten(tree, leaves), config, strategy, shape, rule)
+    return tuple(program.compile() for program in programs)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled_refill(tree, leaves, config: ModelConfig, strategy: Strategy, shape: DecodeShape, rule: Rule):
+    """(prefill of one row, replace)."""
+    programs = lower_refill(jax.tree.unflatten(tree, leaves), config, strategy, shape, rule)
     return tuple(program.compile() for program in programs)

@@ -1,8 +1,8 @@
 """The decoding loops: one `lax.while_loop` each, nothing on the host inside; one predicate a round (with copies, a few
 more where rounds of drafts and rounds of copies take turns).
 
-A loop ends when every row is done, or pauses after `pause` rounds in all, for its state to be looked at; called again
-with that state and a later pause, it goes on as if it had not paused.
+A loop ends when every row is done, or pauses before, for its state to be looked at or for a row that is done to make
+room; called again with that state and a later pause, it goes on as if it had not paused.
 
 Invariant: `length[b]` entries of row b's cache are valid, and `pending[b]`, its newest token, is not among them
 yet. A rejected draft is undone by not advancing the length.
@@ -20,13 +20,23 @@ from lsjax.decoding.passes import DRAFT, Cache, Weights, embed, run_layers
 from lsjax.decoding.rules import Greedy, Rule
 from lsjax.model.transformer import exit_logits
 
-ALL_ROUNDS = 2**31 - 1  # a `pause` that never comes
+
+class Pause(NamedTuple):
+    """Where a loop returns before all rows are done: after `round` [] rounds in all, or with fewer than `rows` [] rows
+    that are not done."""
+
+    round: jax.Array | int = 2**31 - 1
+    rows: jax.Array | int = 1
+
+
+NEVER = Pause()
 
 
 class Decoding(NamedTuple):
     """The state of B rows being decoded. `tokens` [B, >= limit + d] has `emitted` valid entries a row; `drafted_at` and
     `accepted_at` [B, d] count the rounds in which a row had an i-th draft, and in which it was accepted. `text` [B, C]
-    is the prompt and the new tokens, length + 1 of them valid; [B, 0] where no drafts are looked up in it."""
+    is the prompt and the new tokens, length + 1 of them valid; [B, 0] where no drafts are looked up in it. `rounds` [B]
+    are each row's own, `round` [] counts those of the batch."""
 
     cache: Cache
     tokens: jax.Array
@@ -38,6 +48,7 @@ class Decoding(NamedTuple):
     drafted_at: jax.Array
     accepted_at: jax.Array
     text: jax.Array
+    round: jax.Array
 
 
 def begin(
@@ -68,7 +79,17 @@ def begin(
         drafted_at=counts,
         accepted_at=counts,
         text=text,
+        round=jnp.int32(0),
     )
+
+
+def replace_row(state: Decoding, row: jax.Array, new: Decoding) -> Decoding:
+    """`new`, of one row, in the place of row `row` []."""
+
+    def put(whole, part):
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, row, axis=0) if whole.ndim else whole
+
+    return jax.tree.map(put, state, new)
 
 
 def autoregressive_loop(
@@ -79,7 +100,7 @@ def autoregressive_loop(
     config: ModelConfig,
     exit_layer: int,
     rule: Rule = Greedy(),  # noqa: B008 (immutable)
-    pause: jax.Array | int = ALL_ROUNDS,
+    pause: Pause = NEVER,
 ) -> Decoding:
     """One token a pass through the first `exit_layer` layers (L: the full model) until every row is done."""
 
@@ -101,7 +122,7 @@ def self_speculative_loop(
     exit_layer: int,
     num_speculations: int,
     rule: Rule = Greedy(),  # noqa: B008 (immutable)
-    pause: jax.Array | int = ALL_ROUNDS,
+    pause: Pause = NEVER,
     lookup: int = 0,
 ) -> Decoding:
     """Rounds of: draft d tokens with the first E layers, verify all with the others, keep what `rule` accepts.
@@ -156,9 +177,8 @@ def _take_turns(drafting_round, copying_round, state: Decoding, lookup: int, goe
     return jax.lax.while_loop(lambda c: goes_on(c[0]), rounds, looked_up(state))[0]
 
 
-def _goes_on(pause: jax.Array | int) -> Callable[[Decoding], jax.Array]:
-    # A row that is not done has been through every round so far.
-    return lambda state: jnp.any(~state.done & (state.rounds < pause))
+def _goes_on(pause: Pause) -> Callable[[Decoding], jax.Array]:
+    return lambda state: (jnp.sum(~state.done) >= pause.rows) & (state.round < pause.round)
 
 
 class Drafts(NamedTuple):
@@ -273,6 +293,7 @@ def _commit(
         pending=jnp.where(active, newest, state.pending),
         done=state.done | (until_stop <= agreed) | (emitted >= limit),
         rounds=state.rounds + active,
+        round=state.round + 1,
         drafted_at=state.drafted_at + (places < judged[:, None]),
         accepted_at=state.accepted_at + (places < counted[:, None]),
         text=text,

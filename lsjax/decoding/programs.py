@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
-from lsjax.decoding.loops import ALL_ROUNDS, Decoding, autoregressive_loop, begin, self_speculative_loop
+from lsjax.decoding.loops import NEVER, Decoding, Pause, autoregressive_loop, begin, replace_row, self_speculative_loop
 from lsjax.decoding.passes import Weights, init_cache, prefill
 from lsjax.decoding.rules import Greedy, Rule
 from lsjax.decoding.strategies import SelfSpeculative, Strategy, lookahead, most_drafts
@@ -71,23 +71,58 @@ def lower_decoding(
     this process or another ("tpu", "cuda").
 
     prefill (weights, tokens [B, bucket], lengths [B], limit [], stop [n], rule) -> Decoding; decode (weights, Decoding,
-    limit, stop, rule, pause []) -> Decoding, the state donated. `rule` may be of arrays or of their descriptions.
+    limit, stop, rule, Pause) -> Decoding, the state donated. `rule` may be of arrays or of their descriptions.
     """
-    everywhere, mesh = replicated_like(weights["embed"]), mesh_of(weights["embed"])
-    int32 = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=everywhere)  # noqa: E731
-    first_token = functools.partial(_first_token, config=config, strategy=strategy, shape=shape)
+    begun, state, shardings = _trace_prefill(weights, config, strategy, shape, rule)
     decode = functools.partial(_decode, config=config, strategy=strategy)
-    rule = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), rule)
+    int32, rule = _int32(weights), _described(rule, weights)
+    arguments = (weights, state, int32(), int32(shape.stops), rule, Pause(int32(), int32()))
+    loop = jax.jit(decode, donate_argnums=1, out_shardings=shardings).trace(*arguments)
+    return _lower(begun, platform), _lower(loop, platform)
+
+
+def lower_refill(
+    weights: Weights,
+    config: ModelConfig,
+    strategy: Strategy,
+    shape: DecodeShape,
+    rule: Rule = Greedy(),  # noqa: B008 (immutable)
+    platform: str | None = None,
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """(prefill of one row, replace), where a row that is done makes room for another prompt. replace (Decoding, row [],
+    Decoding of one row) -> Decoding, the first donated."""
+    one = jax.eval_shape(lambda rule: rule.of_rows([0]), _described(rule, weights))
+    begun, new, _ = _trace_prefill(weights, config, strategy, shape._replace(rows=1), one)
+    _, state, shardings = _trace_prefill(weights, config, strategy, shape, rule)
+    replace = jax.jit(replace_row, donate_argnums=0, out_shardings=shardings).trace(state, _int32(weights)(), new)
+    return _lower(begun, platform), _lower(replace, platform)
+
+
+def _trace_prefill(weights, config, strategy, shape, rule):
+    """(the program, its Decoding described, with which shardings where there is a mesh)."""
+    int32, mesh = _int32(weights), mesh_of(weights["embed"])
+    first_token = functools.partial(_first_token, config=config, strategy=strategy, shape=shape)
+    rule = _described(rule, weights)
     inputs = (weights, int32(shape.rows, shape.bucket), int32(shape.rows), int32(), int32(shape.stops), rule)
     state = jax.eval_shape(first_token, *inputs)
     shardings = decoding_shardings(state, mesh) if mesh else None
     if shardings:
         state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
-    platforms = {"lowering_platforms": (platform,)} if platform else {}
-    begun = jax.jit(first_token, out_shardings=shardings).trace(*inputs)
-    arguments = (weights, state, int32(), int32(shape.stops), rule, int32())
-    loop = jax.jit(decode, donate_argnums=1, out_shardings=shardings).trace(*arguments)
-    return begun.lower(**platforms), loop.lower(**platforms)
+    return jax.jit(first_token, out_shardings=shardings).trace(*inputs), state, shardings
+
+
+def _int32(weights: Weights):
+    everywhere = replicated_like(weights["embed"])
+    return lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=everywhere)
+
+
+def _described(rule: Rule, weights: Weights) -> Rule:
+    everywhere = replicated_like(weights["embed"])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), rule)
+
+
+def _lower(traced: jax.stages.Traced, platform: str | None) -> jax.stages.Lowered:
+    return traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
 
 
 def last_layer(config: ModelConfig, strategy: Strategy) -> int:
@@ -103,7 +138,7 @@ def _first_token(weights, tokens, lengths, limit, stop, rule, *, config, strateg
     return begin(cache, first, lengths, limit, stop, shape.room, most_drafts(strategy), prompts)
 
 
-def _decode(weights, state: Decoding, limit, stop, rule, pause=ALL_ROUNDS, *, config: ModelConfig, strategy: Strategy):
+def _decode(weights, state: Decoding, limit, stop, rule, pause=NEVER, *, config: ModelConfig, strategy: Strategy):
     if isinstance(strategy, SelfSpeculative):
         drafting = strategy.exit_layer, strategy.num_speculations
         return self_speculative_loop(weights, state, limit, stop, config, *drafting, rule, pause, strategy.lookup)

@@ -112,11 +112,14 @@ class TransformersTrial(Trial):
         return f"transformers, {self.way.name}"
 
     def compile(self) -> None:
-        self.theirs.decode(self.batches[0], self.way)  # warm-up, not counted
+        self.theirs.decode(self.batches[0].part(0, self.batches[0].rows), self.way)  # warm-up, not counted
 
     def measure(self, index: int) -> None:
         batch, way = self.batches[index], self.way
-        tokens, first_seconds, seconds = self.theirs.decode(batch, way)
+        parts = [batch.part(start, start + batch.rows) for start in range(0, len(batch.lengths), batch.rows)]
+        decoded = [self.theirs.decode(part, way) for part in parts]
+        tokens = [row for rows, _, _ in decoded for row in rows]
+        first_seconds, seconds = decoded[0][1], sum(seconds for _, _, seconds in decoded)
         looped = sum(map(len, tokens)) - len(tokens)
         common = {
             "strategy": self.label,
@@ -124,7 +127,7 @@ class TransformersTrial(Trial):
             "num_speculations": way.num_speculations,
             "draft_weights": None,
             "lookup": None,
-            "batch_size": len(tokens),
+            "batch_size": batch.rows,
             "seconds": seconds,
             "ms_per_token": 1e3 * seconds / looped if looped else None,
             "tokens_per_second": looped / seconds if looped else None,

@@ -5,10 +5,12 @@ as it is, whatever the drafter's: a draft x is kept with probability min(1, p(x)
 replaced by a draw from norm(max(0, p - q)); after d kept drafts one more token is drawn from p.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # What a row's key is folded with, beside the index of the token: the draws of one token are independent.
 _CHOOSE, _ACCEPT, _REPLACE = 0, 1, 2
@@ -34,6 +36,9 @@ class Rule(Protocol):
     def acceptance(self, draft_logits: jax.Array, logits: jax.Array) -> jax.Array:
         """The chance that a draft by one [...,V] is kept by the other: float32 [...]."""
 
+    def of_rows(self, rows: Sequence[int]) -> "Rule":
+        """The rule of some of its rows, or in another order."""
+
 
 class Greedy(NamedTuple):
     """The likeliest token; ties go to the smallest id."""
@@ -48,6 +53,9 @@ class Greedy(NamedTuple):
 
     def acceptance(self, draft_logits, logits):
         return (jnp.argmax(draft_logits, axis=-1) == jnp.argmax(logits, axis=-1)).astype(jnp.float32)
+
+    def of_rows(self, rows):
+        return self
 
 
 class Sampled(NamedTuple):
@@ -84,6 +92,9 @@ class Sampled(NamedTuple):
         filters = self.temperature, self.top_k, self.top_p
         q, p = (jnp.exp(filtered_log_probabilities(a, *filters)) for a in (draft_logits, logits))
         return jnp.sum(jnp.minimum(p, q), axis=-1)
+
+    def of_rows(self, rows):
+        return self._replace(keys=self.keys[np.array(rows)])
 
     def _draw(self, log_p, index, purpose: int) -> jax.Array:
         draw = lambda key, i, row: jax.random.categorical(_key(key, i, purpose), row)  # noqa: E731

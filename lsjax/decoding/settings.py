@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lsjax.decoding.acceptance import draft_acceptance, expected_rounds
+from lsjax.decoding.acceptance import batch_rounds, draft_acceptance, expected_rounds
 from lsjax.decoding.strategies import AUTO, Autoregressive, SelfSpeculative, Strategy, check_strategy, is_auto
 from lsjax.errors import UserError
 from lsjax.loading import Model
@@ -77,10 +77,16 @@ class Tuning:
 
 
 class Text(NamedTuple):
-    """What a batch's rows became: drafts kept [L,B,n] as of `draft_acceptance`, and new tokens [B]."""
+    """What a batch's prompts became: drafts kept [L,N,n] as of `draft_acceptance`, and new tokens [N]; `rows` of them
+    are decoded at a time."""
 
     acceptance: np.ndarray
     tokens: np.ndarray
+    rows: int
+
+    def rounds(self, of_each: np.ndarray) -> float:
+        """Of the batch, from those of each prompt [N]."""
+        return batch_rounds(of_each, self.rows)
 
 
 # A batch of prompts, and what runs a strategy on it: lsjax/decoding/generate.py, which stands above this module.
@@ -119,10 +125,10 @@ def measure_settings(
 ) -> Tuning | None:
     """Predictions for every exit layer with every draft length; None when every text ends with its first token.
 
-    Texts are looked at in their first tokens, and of many batches a few, spread evenly.
+    Texts are looked at in their first tokens; of many batches a few, spread evenly, of many prompts the first.
     """
     chosen = range(0, len(batches), -(-len(batches) // _SAMPLE_BATCHES))
-    batches = [batches[index] for index in chosen]
+    batches = [batches[index].part(0, _SAMPLE_BATCHES * batches[index].rows) for index in chosen]
     note(f"tuning: decoding {len(batches)} batch(es) once, to see which exit agrees where")
     runs = [
         _run(model, _compiled(model, make_program, Autoregressive(), batch), batch, _SAMPLE_TOKENS) for batch in batches
@@ -148,7 +154,7 @@ def text_of(model: Model, batch: Batch, new_tokens: list[list[int]]) -> Text:
         texts[row, start : start + len(new)] = new
     dtype = model.decoder_weights["embed"].dtype
     kept = draft_acceptance(model.params, texts, batch.lengths, batch.rule, model.config, count, dtype)
-    return Text(np.asarray(kept, np.float64), np.array([len(new) for new in new_tokens]))
+    return Text(np.asarray(kept, np.float64), np.array([len(new) for new in new_tokens]), batch.rows)
 
 
 def predict(
@@ -163,12 +169,11 @@ def predict(
     emitted = sum(int((text.tokens - 1).sum()) for text in texts)
     table = []
     for d in num_speculations:
-        rounds = [expected_rounds(text.acceptance, text.tokens, d) for text in texts]  # [L,B] each
+        rounds = [expected_rounds(text.acceptance, text.tokens, d) for text in texts]  # [L,N] each
         for e in exit_layers:
             round_time = interpolate(corner_times, e, d)
-            # A batch takes as many rounds as its slowest row.
             ratios = [
-                (text.tokens.max() - 1) * token_time / (ours[e - 1].max() * round_time)
+                text.rounds(text.tokens - 1) * token_time / (text.rounds(ours[e - 1]) * round_time)
                 for text, ours in zip(texts, rounds, strict=True)
             ]
             tokens_per_round = emitted / sum(ours[e - 1].sum() for ours in rounds)
@@ -211,8 +216,8 @@ def _round_times(
 
 
 def _round_time(result) -> float:
-    """All rows share a round: it goes on until the last of them is done."""
-    return 1e3 * result.stats[0]["seconds"] / max(row["rounds"] for row in result.stats)
+    """All rows share a round."""
+    return 1e3 * result.stats[0]["seconds"] / result.stats[0]["batch_rounds"]
 
 
 def _compiled(model: Model, make_program: MakeProgram, strategy: Strategy, batch: Batch):

@@ -152,7 +152,7 @@ def test_other_prompts_do_not_recompile_and_the_cache_stays_in_place(model):
     batch = PromptBatch(np.ones((2, 2048), np.int32), np.array([2048, 9], np.int32), 64, np.array([-1], np.int32))
     program = DecodeProgram(config, strategy, batch)
     program.compile(decoder_weights(model.params, jnp.float32))
-    memory = program._decode.memory_analysis()
+    memory = program._programs.decode.memory_analysis()
     cache_bytes = 2 * 4 * 2 * 1 * 2176 * 8 * 4  # k and v, layers, B, K, C, H, float32
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes

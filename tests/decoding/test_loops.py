@@ -249,7 +249,7 @@ def test_the_loop_updates_its_cache_in_place(varied, varied_params, strategy):
     batch = PromptBatch(np.ones((2, 2048), np.int32), np.array([2048, 9], np.int32), 64, np.array([-1], np.int32))
     program = DecodeProgram(config, strategy, batch)
     program.compile(decoder_weights(varied_params, jnp.float32))
-    memory = program._decode.memory_analysis()
+    memory = program._programs.decode.memory_analysis()
     cache_bytes = 2 * 4 * 2 * 2 * 2176 * 8 * 4  # k and v, layers, B, K, C, H, float32
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes

@@ -89,7 +89,7 @@ def test_the_choice_is_the_best_by_brute_force():
     """Texts and times of a made-up device: each setting's time simulated round by round."""
     random = np.random.default_rng(1)
     kept = random.uniform(size=(6, 2, 40)) < np.linspace(0.4, 0.98, 6)[:, None, None]
-    texts = [Text(kept[:, :1] * 1.0, np.array([40])), Text(kept * 1.0, np.array([17, 30]))]
+    texts = [Text(kept[:, :1] * 1.0, np.array([40]), 1), Text(kept * 1.0, np.array([17, 30]), 2)]
     time = lambda e, d: 12 + 0.3 * d + 1.2 * d * e  # noqa: E731 (milliseconds; bilinear)
     corners = {(e, d): time(e, d) for e in (1, 5) for d in (1, 9)}
     table = predict(texts, 14.0, corners, range(1, 6), range(1, 10))
