@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lsjax.decoding.loops import Pause
 from lsjax.decoding.passes import decoder_weights
 from lsjax.decoding.programs import DecodeShape, choose_kernels, lower_decoding
 from lsjax.decoding.rules import Greedy
@@ -144,9 +145,9 @@ def test_decoding_by_either_gives_the_same_tokens(platform, strategy):
     def decoded(name):
         shape = DecodeShape(2, 16, 64, 16, 1, name)
         prefill, loop = (p.compile() for p in lower_decoding(weights, config, strategy, shape))
-        limit, stop = jnp.int32(8), jnp.array([-1])
+        limit, stop, pause = jnp.int32(8), jnp.array([-1]), Pause(jnp.int32(100), jnp.int32(1))
         state = prefill(weights, tokens, lengths, limit, stop, Greedy())
-        return jax.tree.map(np.array, loop(weights, state, limit, stop, Greedy(), jnp.int32(100))._replace(cache=()))
+        return jax.tree.map(np.array, loop(weights, state, limit, stop, Greedy(), pause)._replace(cache=()))
 
     plain = decoded("plain")
     with SIMULATED[platform]():
