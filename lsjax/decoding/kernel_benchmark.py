@@ -18,7 +18,8 @@ from lsjax.scale.hardware import CHIPS, Chip, chip_of
 from pallas_kernels.kv_cache import interface as kv_cache
 
 SHIPPED = "jax.nn"  # dot_product_attention, compiled by XLA
-SHIPPED_KERNEL = "jax Pallas"  # decode_attention of jax.experimental.pallas.ops.gpu: one query a row
+SHIPPED_KERNEL = "jax Pallas"  # of jax.experimental.pallas.ops, gpu.decode_attention or tpu.paged_attention: T = 1
+_PAGE = 16  # entries of a page, the least that a block of them may have
 _CALLS = 64  # in one program, about
 _COLD_BYTES = 256 << 20
 
@@ -119,8 +120,9 @@ def ways(case: Case, platform: str) -> Iterator[Way]:
     yield Way(
         "attend", SHIPPED, lambda arrays: (arrays.q, (arrays.k, arrays.v, arrays.positions)), _attend_by_xla, whole
     )
-    if platform == "gpu" and case.tokens == 1 and case.capacity % (16 * 16) == 0:
-        yield Way("attend", SHIPPED_KERNEL, _by_head, _attend_by_jax_kernel, case.use.bytes_of(case.length))
+    kernel = {"gpu": (_by_head, _attend_by_decode_attention), "tpu": (_by_page, _attend_by_paged_attention)}
+    if platform in kernel and case.tokens == 1 and case.capacity % 256 == 0:
+        yield Way("attend", SHIPPED_KERNEL, *kernel[platform], case.use.bytes_of(case.length))
 
 
 def make_arrays(case: Case) -> Arrays:
@@ -167,7 +169,7 @@ def _by_head(arrays: Arrays):
     return arrays.q, (k, v, arrays.positions)
 
 
-def _attend_by_jax_kernel(q, constants):
+def _attend_by_decode_attention(q, constants):
     from jax.experimental.pallas.ops.gpu.decode_attention import mqa
 
     k, v, positions = constants
@@ -175,6 +177,22 @@ def _attend_by_jax_kernel(q, constants):
     lengths = jnp.repeat(positions + 1, heads)
     mixed = mqa(q.reshape(batch * heads, group, width), k, v, kv_seq_len=lengths)
     return mixed.reshape(q.shape).astype(q.dtype)
+
+
+def _by_page(arrays: Arrays):
+    batch, capacity, heads, width = arrays.k.shape
+    k, v = (a.transpose(2, 0, 1, 3).reshape(heads, -1, _PAGE, width) for a in (arrays.k, arrays.v))
+    pages = jnp.arange(batch * capacity // _PAGE).reshape(batch, -1)
+    return arrays.q, (k, v, pages, arrays.positions)
+
+
+def _attend_by_paged_attention(q, constants):
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+    k, v, pages, positions = constants
+    batch, _, heads, group, width = q.shape
+    scaled = q.reshape(batch, heads * group, width) * width**-0.5
+    return paged_attention(scaled, k, v, positions + 1, pages, pages_per_compute_block=256 // _PAGE).reshape(q.shape)
 
 
 def measure(case: Case, candidates: Sequence[Way], repeats: int) -> list[tuple[float, float]]:
