@@ -131,8 +131,12 @@ def test_the_same_cache_by_either(platform, tokens):
         np.testing.assert_array_equal(np.concatenate(cache, axis=3)[:, :, :80], np.concatenate(held, axis=3))
 
 
-@pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(1, 2)], ids=lambda s: s.name)
-@pytest.mark.parametrize("platform", SIMULATED)
+DRAFTING = SelfSpeculative(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("platform", "strategy"), [("tpu", Autoregressive()), ("tpu", DRAFTING), ("gpu", DRAFTING)], ids=str
+)
 def test_decoding_by_either_gives_the_same_tokens(platform, strategy):
     """The whole of prefill and loop, rows of several lengths, kernels simulated (races are looked for elsewhere)."""
     config = dataclasses.replace(TINY, num_layers=2, head_width=64, tie_embeddings=False)
