@@ -148,7 +148,7 @@ def test_a_loop_with_kernels_copies_no_weight_and_no_cache(topology, strategy, r
     packed = f"bf16[{rows},32,{C},256]"
     makers = {i.opcode for c in program.computations.values() for i in c.values() if i.shape.startswith(packed)}
     assert makers <= {"parameter", "get-tuple-element", "bitcast", "custom-call"}
-    assert memory.temp_size_in_bytes < 2 * activations(rows, strategy)
+    assert memory.temp_size_in_bytes < 3 * activations(rows, strategy)
 
 
 def test_a_loop_with_kernels_moves_fewer_bytes():
