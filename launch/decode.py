@@ -57,7 +57,9 @@ TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over (ten
 KERNELS = flags.DEFINE_enum(
     "kernels", "auto", ["auto", "on", "off"], "Pallas kernels for the KV cache; auto: where they move fewer bytes."
 )
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Prompts decoded together.")
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 1, "Prompts decoded side by side; one that is done makes room for the next."
+)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate for each prompt.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy; above, tokens are drawn.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Sampling: only the k likeliest tokens (0: all).")

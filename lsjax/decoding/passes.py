@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
 from lsjax.model.attention import plain_attention
-from lsjax.model.output_major import with_output_major
+from lsjax.model.output_major import LeftOperand, OutputMajor, with_output_major
 from lsjax.model.quantized import cast
 from lsjax.model.rope import rotation
 from lsjax.model.transformer import Params, apply_layer, exit_logits
@@ -26,18 +26,20 @@ def decoder_weights(params: Params, dtype: jnp.dtype, for_cpu: bool = False) -> 
     """Parameters for decoding: `layers` is a tuple of L trees, each layer's arrays its own, in `dtype`.
 
     Layers inside one stacked array would be copied out of it at every step (XLA:CPU always, XLA:GPU in loops).
-    for_cpu: with their outputs as rows (lsjax/model/output_major.py), if they are not split over a mesh.
+    Their outputs are rows (lsjax/model/output_major.py); for_cpu: and stand on the left, if not split over a mesh.
     """
+    mesh = mesh_of(params["embed"])
+    layout = LeftOperand if for_cpu and mesh is None else OutputMajor
 
     def unstack(params):
         params = cast(params, dtype)
         layers = params["layers"]
         num_layers = jax.tree.leaves(layers)[0].shape[0]
-        return params | {"layers": tuple(jax.tree.map(operator.itemgetter(i), layers) for i in range(num_layers))}
+        layers = tuple(jax.tree.map(operator.itemgetter(i), layers) for i in range(num_layers))
+        return with_output_major(params | {"layers": layers}, layout)
 
-    mesh = mesh_of(params["embed"])
     if mesh is None:
-        return with_output_major(unstack(params)) if for_cpu else unstack(params)
+        return unstack(params)
     shardings = decoder_shardings(jax.eval_shape(unstack, params), mesh)
     return jax.jit(unstack, out_shardings=shardings)(params)
 

@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
-from lsjax.model.matmul import matmul
-from lsjax.model.output_major import OutputMajor
-from lsjax.model.quantized import Quantized
+from lsjax.model.matmul import LaidOut, matmul
 from lsjax.model.rematerialize import keep
 from lsjax.model.rope import rotate
 
@@ -92,7 +90,7 @@ class DecoderLayer(nn.Module):
 
 def _weight(module: nn.Module, name: str, init, shape: tuple[int, ...]):
     """The module's parameter; where decoding has laid it out or rounded it, as it is."""
-    if module.has_variable("params", name) and isinstance(module.get_variable("params", name), OutputMajor | Quantized):
+    if module.has_variable("params", name) and isinstance(module.get_variable("params", name), LaidOut):
         return module.get_variable("params", name)
     return module.param(name, init, shape)
 

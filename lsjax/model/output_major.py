@@ -1,10 +1,13 @@
-"""Weights for XLA:CPU, with their outputs as rows: W[outputs, inputs] @ X[inputs, tokens].
+"""Weights as decoding wants them, with their outputs as rows: kernel [outputs..., inputs].
 
-With the weight as the right operand, 2 to 8 tokens cost XLA:CPU 1.5 to 2.4 times one token, and a verification that
-should be a read of the weights is none; as the left operand they cost 1.0 to 1.3 times (more, the narrower the model).
+XLA:TPU takes several tokens through weights in this order. Others it would bring into it, at every call of a loop that
+verifies drafts (a second qkv and gate_up of those layers) and at every change between two kinds of rounds; XLA:GPU
+takes either. XLA:CPU is fast only where they also stand on the left, W[outputs, inputs] @ X[inputs, tokens]: on the
+right, 2 to 8 tokens cost it 1.5 to 2.4 times one token, on the left 1.0 to 1.3 times (more, the narrower the model).
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +19,23 @@ _PADDED_TOKENS = 32  # up to as many, a number of tokens that is no power of two
 
 
 class OutputMajor(NamedTuple):
-    """The weight [inputs..., outputs...] as kernel [outputs..., inputs...]."""
+    """kernel [outputs..., inputs], the axes of the inputs as one."""
 
     kernel: jax.Array
 
     def multiply(self, x: jax.Array, axes: int, out_dtype: jnp.dtype | None = None) -> jax.Array:
         """x [..., inputs] times the weight, as `matmul`."""
-        outputs = self.kernel.shape[: self.kernel.ndim - axes]
-        inputs = math.prod(self.kernel.shape[-axes:])
+        return contract_last(x, self.kernel, axes, out_dtype)
+
+
+class LeftOperand(NamedTuple):
+    """The same kernel, for XLA:CPU."""
+
+    kernel: jax.Array
+
+    def multiply(self, x: jax.Array, axes: int, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        """x [..., inputs] times the weight, as `matmul`."""
+        outputs, inputs = self.kernel.shape[:-1], self.kernel.shape[-1]
         columns = x.reshape(-1, inputs)
         tokens = columns.shape[0]
         if tokens <= _PADDED_TOKENS:
@@ -35,18 +47,30 @@ class OutputMajor(NamedTuple):
         return y[:, :tokens].T.reshape(*x.shape[:-axes], *outputs)
 
 
-def output_major(weight: jax.Array, input_axes: int) -> OutputMajor:
-    return OutputMajor(jnp.moveaxis(weight, range(input_axes), range(-input_axes, 0)))
+def contract_last(x: jax.Array, kernel: jax.Array, axes: int, out_dtype: jnp.dtype | None) -> jax.Array:
+    """x [..., inputs], of `axes` axes, with kernel [outputs..., inputs] -> [..., outputs...]."""
+    x = x.reshape(*x.shape[: x.ndim - axes], -1)
+    return jnp.tensordot(x, kernel, ((-1,), (-1,)), preferred_element_type=out_dtype)
 
 
-def with_output_major(weights: dict[str, Any]) -> dict[str, Any]:
-    """Decoder weights with those of every layer and the head in this layout. A tied embedding is its own head, as it
-    lies; what is in another layout of its own stays so."""
+def outputs_first(weight: jax.Array, input_axes: int, stacked: bool = False) -> jax.Array:
+    """[inputs..., outputs...] -> [outputs..., inputs]; of layers that are stacked, each with an axis L before."""
+    weight = jnp.moveaxis(weight, range(stacked, stacked + input_axes), range(-input_axes, 0))
+    return weight.reshape(*weight.shape[:-input_axes], math.prod(weight.shape[-input_axes:]))
+
+
+def with_output_major(
+    weights: dict[str, Any], layout: Callable[[jax.Array], OutputMajor | LeftOperand]
+) -> dict[str, Any]:
+    """Decoder weights with those of every layer and the head in this order. A tied embedding lies in it already; what
+    has a layout of its own keeps it."""
 
     def change(path, leaf):
         plain = isinstance(path[-1], jax.tree_util.DictKey) and path[-1].key in INPUT_AXES
-        return output_major(leaf, INPUT_AXES[path[-1].key]) if plain else leaf
+        return layout(outputs_first(leaf, INPUT_AXES[path[-1].key])) if plain else leaf
 
-    head = weights.get("lm_head", OutputMajor(weights["embed"]))
-    head = output_major(head, 1) if isinstance(head, jax.Array) else head
-    return weights | {"layers": jax.tree_util.tree_map_with_path(change, weights["layers"]), "lm_head": head}
+    weights = weights | {"layers": jax.tree_util.tree_map_with_path(change, weights["layers"])}
+    head = weights.get("lm_head")
+    if head is None:
+        return weights | {"lm_head": layout(weights["embed"])} if layout is LeftOperand else weights
+    return weights | {"lm_head": layout(outputs_first(head, 1)) if isinstance(head, jax.Array) else head}

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lsjax.model.output_major import INPUT_AXES
+from lsjax.model.output_major import INPUT_AXES, contract_last, outputs_first
 
 _LARGEST = 127  # -128 is left out, so that the range is symmetric
 
 
 class Quantized(NamedTuple):
-    """values * scale is the weight: values int8 [inputs..., outputs...], scale float32 [outputs...]; of layers that
-    are stacked, each with an axis L before."""
+    """The weight is values int8 [outputs..., inputs], each row times its scale, float32 [outputs...]; of stacked layers,
+    both with an axis L before."""
 
     values: jax.Array
     scale: jax.Array
@@ -25,7 +25,7 @@ class Quantized(NamedTuple):
     def multiply(self, x: jax.Array, axes: int, out_dtype: jnp.dtype | None = None) -> jax.Array:
         """x [..., inputs] times the weight, as `matmul`."""
         # The scale is the result's, not the weight's: that would be a product for each entry, and no plain matmul.
-        y = jnp.tensordot(x, self.values.astype(x.dtype), axes, preferred_element_type=jnp.float32)
+        y = contract_last(x, self.values.astype(x.dtype), axes, jnp.float32)
         return (y * self.scale).astype(out_dtype or x.dtype)
 
 
@@ -36,10 +36,10 @@ def is_quantized(weight: object) -> bool:
 @functools.partial(jax.jit, static_argnames=("input_axes", "stacked"))
 def quantize_weight(weight: jax.Array, input_axes: int, stacked: bool = False) -> Quantized:
     """Symmetric rounding to the nearest of 255 values; scale: the largest |weight| of an output channel / 127."""
-    weight = weight.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(weight), axis=range(stacked, stacked + input_axes), keepdims=True) / _LARGEST
-    values = jnp.round(weight / jnp.where(scale > 0, scale, 1))  # a channel of zeros stays one
-    return Quantized(values.astype(jnp.int8), jnp.squeeze(scale, range(stacked, stacked + input_axes)))
+    weight = outputs_first(weight.astype(jnp.float32), input_axes, stacked)
+    scale = jnp.max(jnp.abs(weight), axis=-1) / _LARGEST
+    values = jnp.round(weight / jnp.where(scale > 0, scale, 1)[..., None])  # a channel of zeros stays one
+    return Quantized(values.astype(jnp.int8), scale)
 
 
 def quantize_params(params: dict[str, Any]) -> dict[str, Any]:

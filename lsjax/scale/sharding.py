@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from lsjax.config import MeshConfig
 from lsjax.errors import UserError
+from lsjax.model.output_major import INPUT_AXES
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -91,10 +92,14 @@ def decoder_shardings(weights, mesh: Mesh):
 
     def leaf_sharding(path, leaf):
         keys = [_key_name(key) for key in path]
-        parameter = "/".join(keys[:1] + keys[2:] if keys[0] == "layers" else keys)
-        if parameter not in PARAMETER_AXES:  # the values or the scale of a quantized one
+        in_layer = keys[0] == "layers"
+        parameter = "/".join(keys[:1] + keys[2:] if in_layer else keys)
+        if parameter in PARAMETER_AXES:
+            axes = PARAMETER_AXES[parameter][in_layer:]
+        else:  # of a weight with its outputs first, the kernel or the values, all inputs as one axis, or the scale
             parameter = parameter.rpartition("/")[0]
-        axes = PARAMETER_AXES[parameter][-leaf.ndim :]  # no layer axis here, and of a scale the outputs' alone
+            axes, inputs = PARAMETER_AXES[parameter][in_layer:], INPUT_AXES.get(keys[-2], 1)
+            axes = (*axes[inputs:], axes[0])[: leaf.ndim]
         partition = spec(*(None if axis == "width" else axis for axis in axes))
         return NamedSharding(mesh, _checked(partition, leaf.shape, mesh, "/".join(keys)))
 

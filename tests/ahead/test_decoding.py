@@ -98,21 +98,22 @@ def test_a_loop_copies_no_weight_and_no_cache(topology, strategy, rows):
     allowed = activations(rows, strategy)
     assert allowed < smallest  # or a copy would go unseen
     if topology.startswith("tpu"):
-        # Once a call XLA:TPU brings caches and those weights that have four or three axes into layouts of its own.
-        # qkv's three axis may be filled up to four.
-        allowed += 2 * L * cache_array(rows) + L * (QKV * 4 // 3 + GATE_UP)
+        # Once a call XLA:TPU brings caches into layouts of its own.
+        allowed += 2 * L * cache_array(rows)
     elif strategy is DRAFTING and rows == 1:
         # Once a call XLA:GPU brings the caches of the drafting layers into another layout.
         allowed += 2 * strategy.exit_layer * cache_array(rows)
     assert memory.temp_size_in_bytes < allowed
 
 
-def test_with_prompt_lookup_a_gpu_copies_the_caches_of_the_drafting_layers_alone():
-    """Between rounds of drafts and rounds of copies it brings their keys into the layout of the other."""
-    program, memory = compiled("gpu:h100:1x1", COPYING, 1)
+@pytest.mark.parametrize("topology", ["gpu:h100:1x1", "tpu:v5e:1x1"])
+def test_with_prompt_lookup_the_caches_of_the_drafting_layers_alone_are_copied(topology):
+    """Between rounds of drafts and rounds of copies their keys are brought into the layout of the other."""
+    program, memory = compiled(topology, COPYING, 1)
     work = list(inside_loops(program, program.entry))
     large = [hlo.size(i.shape) for c, i in work if written(program, c, i) >= min(cache_array(1), OUTPUT)]
-    assert large == [cache_array(1)] * 2 * COPYING.exit_layer
+    assert 0 < len(large) <= 2 * COPYING.exit_layer
+    assert {*large} == {cache_array(1)}
     assert memory.alias_size_in_bytes >= 2 * L * cache_array(1)
 
 
@@ -151,9 +152,7 @@ def test_a_loop_with_kernels_copies_no_weight_and_no_cache(topology, strategy, r
     packed = f"bf16[{rows},32,{C},256]"
     makers = {i.opcode for c in program.computations.values() for i in c.values() if i.shape.startswith(packed)}
     assert makers <= {"parameter", "get-tuple-element", "bitcast", "custom-call"}
-    # As in plain JAX, of a drafting loop weights that have four or three axes are brought into other layouts.
-    weights = 0 if strategy == lsjax.Autoregressive() else L * (QKV * 4 // 3 + GATE_UP)
-    assert memory.temp_size_in_bytes < 2 * activations(rows, strategy) + weights
+    assert memory.temp_size_in_bytes < 3 * activations(rows, strategy)
 
 
 GPU_KERNELS = ("kv_write", "decode_attend", "decode_combine")
@@ -184,6 +183,14 @@ def test_a_loop_with_gpu_kernels_copies_no_weight_and_no_cache(topology, strateg
     queries = math.prod(gpu_attend.tiles(1 + getattr(strategy, "num_speculations", 0), 1))
     partials = rows * 32 * (C // gpu_attend.SPLIT) * queries * (128 + 2) * 4
     assert memory.temp_size_in_bytes < activations(rows, strategy) + partials < smallest
+
+
+@pytest.mark.parametrize("topology", ["gpu:h100:1x1", "gpu:a100-80:1x1"])
+def test_with_prompt_lookup_gpu_kernels_copy_no_cache_either(topology):
+    """They leave XLA no choice of layout between rounds of drafts and rounds of copies."""
+    program, _ = compiled(topology, COPYING, 1, kernels="on")
+    work = [(c, i) for c, i in inside_loops(program, program.entry) if not is_kernel(i, "kv_write")]
+    assert not [(i.opcode, i.shape) for c, i in work if written(program, c, i) >= min(cache_array(1), OUTPUT)]
 
 
 @pytest.mark.parametrize(("topology", "strategy", "rows"), ON_GPU, ids=str)

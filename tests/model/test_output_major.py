@@ -12,18 +12,19 @@ from lsjax.decoding.generate import DecodeProgram
 from lsjax.decoding.passes import decoder_weights, init_cache, prefill
 from lsjax.decoding.strategies import SelfSpeculative
 from lsjax.model.matmul import matmul
-from lsjax.model.output_major import OutputMajor, output_major
+from lsjax.model.output_major import LeftOperand, OutputMajor, outputs_first
 from tests.conftest import VARIED
 from tests.numpy_llama import hidden_states, logits
 
 
+@pytest.mark.parametrize("layout", [OutputMajor, LeftOperand])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 8, 13, 33])
 @pytest.mark.parametrize(("inputs", "outputs"), [((6,), (2, 3, 5)), ((2, 3, 5), (6,)), ((7,), (11,))], ids=str)
-def test_it_is_the_product_of_the_formula(tokens, inputs, outputs):
+def test_it_is_the_product_of_the_formula(layout, tokens, inputs, outputs):
     rng = np.random.default_rng(0)
     weight, x = rng.normal(size=(*inputs, *outputs)), rng.normal(size=(tokens, 1, *inputs))
     truth = x.reshape(tokens, -1) @ weight.reshape(np.prod(inputs), -1)
-    ours = matmul(jnp.float32(x), output_major(jnp.float32(weight), len(inputs)), len(inputs))
+    ours = matmul(jnp.float32(x), layout(outputs_first(jnp.float32(weight), len(inputs))), len(inputs))
     assert ours.shape == (tokens, 1, *outputs)
     np.testing.assert_allclose(np.asarray(ours).reshape(tokens, -1), truth, rtol=1e-5, atol=1e-5)
 
@@ -36,21 +37,21 @@ def test_the_loop_multiplies_and_updates_in_place(varied_params):
     program.compile(decoder_weights(varied_params, jnp.float32, for_cpu=True))
     results = {
         tuple(map(int, shape.split(",")))
-        for shape in re.findall(r"= f32\[(\d+,\d+)\]\{[\d,]*\} dot\(", program._decode.as_text())
+        for shape in re.findall(r"= f32\[(\d+,\d+)\]\{[\d,]*\} dot\(", program._programs.decode.as_text())
     }
     c = config
     outputs = {c.num_kv_heads * (2 + 2) * c.head_width, c.width, 2 * c.feed_forward_width, c.vocab_size}
     assert results == {(rows, tokens) for rows in outputs for tokens in (1, 8)}  # 5 tokens are padded to 8
-    memory = program._decode.memory_analysis()
+    memory = program._programs.decode.memory_analysis()
     cache_bytes = 2 * c.num_layers * c.num_kv_heads * 2176 * c.head_width * 4
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes
 
 
-def test_a_model_decodes_with_them_on_cpu(varied_params):
-    """The layout that `generate` uses here gives the logits of the formula."""
-    weights = decoder_weights(varied_params, jnp.float32, for_cpu=True)
-    assert isinstance(weights["layers"][0]["attention"]["qkv"], OutputMajor)
+@pytest.mark.parametrize("layout", [OutputMajor, LeftOperand])
+def test_a_model_decodes_with_them(varied_params, layout):
+    weights = decoder_weights(varied_params, jnp.float32, for_cpu=layout is LeftOperand)
+    assert isinstance(weights["layers"][0]["attention"]["qkv"], layout)
     tokens = np.random.default_rng(0).integers(0, VARIED.vocab_size, 7)
     cache = init_cache(VARIED, 1, 16, jnp.float32)
     ours, _ = prefill(weights, jnp.asarray(tokens[None]), jnp.array([7]), cache, VARIED, range(VARIED.num_layers))

@@ -24,8 +24,9 @@ def test_every_entry_is_within_half_a_step(shape, inputs, dtype):
     weight = jnp.asarray(weight, dtype)
     values, scale = map(np.asarray, quantize_weight(weight, inputs))
     assert (values.dtype, scale.dtype) == ("int8", "float32")
-    assert (values.shape, scale.shape) == (shape, shape[inputs:])
-    w, q, s = (a.astype(np.float64) for a in (np.asarray(weight), values, scale))
+    assert (values.shape, scale.shape) == ((*shape[inputs:], np.prod(shape[:inputs])), shape[inputs:])
+    w, s = (a.astype(np.float64) for a in (np.asarray(weight), scale))
+    q = np.moveaxis(values.astype(np.float64), -1, 0).reshape(shape)
     axes = tuple(range(inputs))
     np.testing.assert_allclose(s, np.abs(w).max(axes) / 127, rtol=1e-6)
     assert (np.abs(w - q * s) <= s / 2 * (1 + 1e-4)).all()
@@ -45,9 +46,10 @@ def test_a_stack_is_rounded_layer_by_layer():
 @pytest.mark.parametrize("axes", [1, 3])
 def test_a_product_equals_that_with_the_weight_written_out(axes):
     random = np.random.default_rng(2)
-    weight = quantize_weight(jnp.asarray(random.normal(size=(2, 3, 8, 5) if axes == 3 else (8, 3, 5))), axes)
+    shape = (2, 3, 8, 5) if axes == 3 else (8, 3, 5)
+    weight = quantize_weight(jnp.asarray(random.normal(size=shape)), axes)
     x = random.normal(size=(2, 4, 2, 3, 8) if axes == 3 else (2, 4, 8)).astype(np.float32)
-    dense = np.float64(weight.values) * np.float64(weight.scale)
+    dense = written_out(weight).reshape(shape)
     np.testing.assert_allclose(matmul(x, weight, axes), np.tensordot(np.float64(x), dense, axes), rtol=1e-5, atol=1e-5)
     assert matmul(x.astype("bfloat16"), weight, axes).dtype == "bfloat16"
     assert matmul(x.astype("bfloat16"), weight, axes, jnp.float32).dtype == "float32"
@@ -58,9 +60,11 @@ def test_logits_are_those_of_the_weights_that_int8_stands_for(tiny, tied):
     config = dataclasses.replace(tiny, tie_embeddings=tied)
     params = random_params(config)
     rounded = quantize_params(params)
+    shapes = params | {"lm_head": jax.ShapeDtypeStruct((config.width, config.vocab_size), "float32")}
     dense = jax.tree.map(
-        lambda a: np.float64(a.values) * np.float64(np.expand_dims(a.scale, _inputs(a))) if is_quantized(a) else a,
+        lambda a, like: written_out(a, like.ndim > 2).reshape(like.shape) if is_quantized(a) else a,
         rounded,
+        shapes,
         is_leaf=is_quantized,
     )
     np.testing.assert_array_equal(rounded["embed"], params["embed"])
@@ -79,7 +83,6 @@ def leaves(tree):
     return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
 
 
-def _inputs(weight):
-    """Axes of the values that the scale lacks: after the layer axis, but for the head."""
-    stacked = weight.values.ndim > 2
-    return tuple(range(stacked, stacked + weight.values.ndim - weight.scale.ndim))
+def written_out(weight, stacked=False):
+    """[inputs, outputs...] in float64, after the layer axis of a stack."""
+    return np.moveaxis(np.float64(weight.values) * np.float64(weight.scale)[..., None], -1, int(stacked))
