@@ -16,7 +16,7 @@ _LARGEST = 127  # -128 is left out, so that the range is symmetric
 
 
 class Quantized(NamedTuple):
-    """The weight is values int8 [outputs..., inputs], each row times its scale, float32 [outputs...]; of stacked layers,
+    """The weight is values int8 [outputs..., inputs], each row times its scale, float32 [outputs...]; of a stack,
     both with an axis L before."""
 
     values: jax.Array
