@@ -14,50 +14,43 @@ from jax.sharding import PartitionSpec as P
 
 from lsjax.config import ModelConfig
 from lsjax.data.batch import Batch
+from lsjax.layerskip.cross_entropy import Penalties, Text, charge, read_teacher
 from lsjax.model.attention import AttentionFunction, plain_attention
-from lsjax.model.transformer import Params, final_norm, head_matrix, project_vocabulary, scan_layers
+from lsjax.model.transformer import Params, final_norm, head_matrix, scan_layers
 from lsjax.scale.sharding import BATCH_AXES, PARAMETER_AXES, constrain, width_axis
 
 _STATES = (None, "batch", None, None)  # logical axes of states [E,B,S,D]
 EXIT_BRANCH = "exit_branch"  # the scope of the branch that leaves an exit out: compiled programs are read by it
 
 
-class _Text(NamedTuple):
-    """What the exits' states [E,B,S,D] are judged by: targets and weights [B,S], perhaps a teacher's states [B,S,D]."""
-
-    targets: jax.Array
-    weights: jax.Array
-    teacher: jax.Array | None = None
-
-
 class _Static(NamedTuple):
     config: ModelConfig
     chunk: int
-    distillation: float
+    penalties: Penalties
     head_learns: bool
 
 
 def exit_losses(
     params: Params,
     states: jax.Array,
-    text: _Text,
+    text: Text,
     exit_weights: jax.Array,
     exit_active: jax.Array | None,
     config: ModelConfig,
     chunk: int,
-    distillation: float = 0.0,
+    penalties: Penalties,
     head_learns: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum_e w(e) (CE_e + distillation KL_e), CE_e [E]), summed over tokens; the second carries no gradient.
+    """(sum_e w(e) (CE_e + penalties), CE_e [E]), summed over tokens; the second carries no gradient.
 
     states [E,B,S,D] after E layers. exit_active: [E], [] for all of them together, or None for all active; an exit that
-    is not costs nothing. KL_e is the divergence of exit e from the teacher, through which no gradient flows. Without
-    `head_learns` the vocabulary projection has none either.
+    is not costs nothing. No gradient flows through the teacher. Without `head_learns` the vocabulary projection has
+    none either.
     """
     if text.teacher is not None:
         text = text._replace(teacher=jax.lax.stop_gradient(final_norm(params, text.teacher, config)))
     weights = head_matrix(params) | {"final_norm": params["final_norm"]}
-    static = _Static(config, chunk, distillation, head_learns)
+    static = _Static(config, chunk, penalties, head_learns)
     return _losses(weights, states, text, (exit_weights, exit_active), static)
 
 
@@ -79,7 +72,7 @@ def _losses_backward(static, gradients, cotangents):
 _losses.defvjp(_losses_forward, _losses_backward)
 
 
-def _run(params, states, text: _Text, per_exit, static: _Static, with_gradient: bool):
+def _run(params, states, text: Text, per_exit, static: _Static, with_gradient: bool):
     """((objective, CE [E]), (gradient of params, of states) or None)."""
     exit_weights, active = per_exit
     if active is None or active.ndim:
@@ -99,7 +92,7 @@ def _laid_out(of_params, of_states):
     return of_params, constrain(of_states, *_STATES)
 
 
-def _normed_run(params, states, text: _Text, per_exit, static: _Static, with_gradient: bool):
+def _normed_run(params, states, text: Text, per_exit, static: _Static, with_gradient: bool):
     """The exits' states through the final norm, and then judged."""
     head = head_matrix(params)
 
@@ -116,7 +109,7 @@ def _normed_run(params, states, text: _Text, per_exit, static: _Static, with_gra
     return result, ((of_head or dict.fromkeys(head)) | {"final_norm": of_scale}, of_states)
 
 
-def _mesh_run(head, states, text: _Text, per_exit, static: _Static, with_gradient: bool):
+def _mesh_run(head, states, text: Text, per_exit, static: _Static, with_gradient: bool):
     """((objective, CE [E]), (gradient of head, of states)), each device judging its own rows. States are normed."""
     run = functools.partial(_run_rows, static=static, with_gradient=with_gradient)
     if jax.sharding.get_abstract_mesh().empty:
@@ -149,14 +142,15 @@ def _mesh_run(head, states, text: _Text, per_exit, static: _Static, with_gradien
     )(head, states, text, per_exit)
 
 
-def _run_rows(head, states, text: _Text, per_exit, static, with_gradient: bool):
+def _run_rows(head, states, text: Text, per_exit, static, with_gradient: bool):
     """The same of one device's rows: chunk by chunk, in each exit by exit."""
-    _, chunk, distillation, head_learns = static
+    _, chunk, penalties, head_learns = static
 
     def chunk_losses(head_sum, piece):
         states, text = piece
-        loss_of = functools.partial(_exit_loss, text=text, teach=_teach(head, text), distillation=distillation)
-        one_exit = functools.partial(_one_exit, head, loss_of, with_gradient)
+        judged = {"text": text, "teacher": read_teacher(head, text), "penalties": penalties}
+        charged = functools.partial(charge, head, **judged, with_gradient=with_gradient, head_learns=head_learns)
+        one_exit = functools.partial(_one_exit, charged, with_gradient)
         return jax.lax.scan(one_exit, head_sum, (states, *per_exit))
 
     states_pieces, text_pieces = split_tokens((jnp.moveaxis(states, 0, 2), text), chunk)
@@ -172,18 +166,15 @@ def _run_rows(head, states, text: _Text, per_exit, static, with_gradient: bool):
     return result, (of_head, jnp.moveaxis(of_states, 0, 2).reshape(states.shape))
 
 
-def _one_exit(head, loss_of, with_gradient: bool, head_sum, exit_):
+def _one_exit(charged, with_gradient: bool, head_sum, exit_):
     """Adds an active exit's gradient to head_sum (None: not wanted); gives (objective, CE, gradient of its states)."""
     x, weight, active = exit_
 
     def run(head_sum):
-        if not with_gradient:
-            return head_sum, (*loss_of(head, x, weight), None)
-        wanted = (1,) if head_sum is None else (0, 1)
-        (value, loss), gradients = jax.value_and_grad(loss_of, wanted, has_aux=True)(head, x, weight)
+        objective, cross_entropy, of_head, of_states = charged(x, weight)
         if head_sum is not None:
-            head_sum = jax.tree.map(jnp.add, head_sum, gradients[0])
-        return head_sum, (value, loss, gradients[-1])
+            head_sum = jax.tree.map(jnp.add, head_sum, of_head)
+        return head_sum, (objective, cross_entropy, of_states.astype(x.dtype) if with_gradient else None)
 
     def skip(head_sum):
         zero = jnp.float32(0.0)
@@ -193,29 +184,6 @@ def _one_exit(head, loss_of, with_gradient: bool, head_sum, exit_):
         return run(head_sum)
     with jax.named_scope(EXIT_BRANCH):
         return jax.lax.cond(active, run, skip, head_sum)
-
-
-def _teach(head, text: _Text) -> jax.Array | None:
-    """The teacher's log-probabilities [B, s, V]."""
-    return None if text.teacher is None else jax.nn.log_softmax(project_vocabulary(head, text.teacher))
-
-
-def _exit_loss(head, x, weight, text: _Text, teach: jax.Array | None, distillation: float):
-    cross_entropy, divergence = _judge(project_vocabulary(head, x), text, teach)
-    return weight * (cross_entropy + distillation * divergence), cross_entropy
-
-
-def _judge(logits: jax.Array, text: _Text, teach: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums over tokens: cross-entropy, and divergence KL(teacher || logits)."""
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    # A masked sum, not a gather: it stays local when the vocabulary is sharded, and its gradient is no scatter.
-    hit = jnp.arange(logits.shape[-1]) == text.targets[..., None]
-    target_logit = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-    cross_entropy = jnp.sum((log_normalizer - target_logit) * text.weights)
-    if teach is None:
-        return cross_entropy, jnp.float32(0.0)
-    divergence = jnp.sum(jnp.exp(teach) * (teach - logits), axis=-1) + log_normalizer
-    return cross_entropy, jnp.sum(divergence * text.weights)
 
 
 def split_tokens(arrays, chunk: int):
@@ -238,6 +206,7 @@ def multi_exit_loss(
     exit_active: jax.Array,
     layer_mask: jax.Array | None = None,
     distillation: float = 0.0,
+    z_loss: float = 0.0,
     token_stride: int = 1,
     token_offset: jax.Array | int = 0,
     exits_train_head: bool = True,
@@ -247,7 +216,8 @@ def multi_exit_loss(
     rematerialize: str = "none",
     unroll: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """J of Eq. 5, summed over tokens: (sum_l w(l) (CE_l + distillation KL_l), CE_l [L]), over batch.weights.
+    """J of Eq. 5, summed over tokens: (sum_l w(l) (CE_l + distillation KL_l + z_loss (log Z_l)^2), CE_l [L]), over
+    batch.weights.
 
     exit_weights and exit_active [L] are data: a curriculum never recompiles, and an inactive exit costs nothing
     (`lax.cond`). Index l reads the state after layer l; the last layer always counts. Early exits look at every
@@ -257,12 +227,12 @@ def multi_exit_loss(
     """
     exit_weights, exit_active = jnp.asarray(exit_weights), jnp.asarray(exit_active)
     sample = functools.partial(_every, stride=token_stride, offset=token_offset)
-    losses = functools.partial(exit_losses, config=config, chunk=loss_chunk)
+    penalties = Penalties(distillation, z_loss)
+    losses = functools.partial(exit_losses, config=config, chunk=loss_chunk, penalties=penalties)
     early_params = params if exits_train_head else jax.lax.stop_gradient(params)
     early = functools.partial(
         losses,
-        text=_Text(sample(batch.targets), token_stride * sample(batch.weights)),
-        distillation=distillation,
+        text=Text(sample(batch.targets), token_stride * sample(batch.weights)),
         head_learns=head_learns and exits_train_head,
     )
     run_layers = functools.partial(
@@ -280,7 +250,7 @@ def multi_exit_loss(
     early_exits = _after_the_layers if distillation else _inside_the_layers
     exits = exit_weights, exit_active.at[-1].set(False)
     x, objective, early_losses = early_exits(run_layers, early, early_params, sample, *exits)
-    last = (x[None], _Text(batch.targets, batch.weights), exit_weights[-1:], None)
+    last = (x[None], Text(batch.targets, batch.weights), exit_weights[-1:], None)
     last_objective, last_loss = losses(params, *last, head_learns=head_learns)
     return objective + last_objective, jax.lax.stop_gradient(early_losses.at[-1].set(last_loss[0]))
 
