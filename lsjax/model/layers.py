@@ -5,6 +5,7 @@ axis splits them without communication), and the two SwiGLU inputs lie together.
 faster everywhere, most of all when decoding one token.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -20,6 +21,34 @@ from lsjax.model.rope import rotate
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, object]]
 
 _INIT_STDDEV = 0.02
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
+    """x [B,S, inputs] . kernel [inputs, outputs] -> [B,S, outputs], over `axes` axes of inputs.
+
+    The gradient of the kernel comes out as the kernel lies. JAX's own is its transpose, which XLA:CPU then copies.
+    Not an einsum, which would contract axes in another order: XLA would transpose the kernel for it, every time.
+    """
+    return jnp.tensordot(x, kernel, axes)
+
+
+def _project_forward(x, kernel, axes):
+    return project(x, kernel, axes), (x, kernel)
+
+
+def _project_backward(axes, inputs, gradient):
+    x, kernel = inputs
+    outputs = kernel.ndim - axes
+    of_x = jax.lax.dot_general(gradient, kernel, ((_last(gradient, outputs), _last(kernel, outputs)), ((), ())))
+    return of_x, jnp.tensordot(x, gradient, ((0, 1), (0, 1)))
+
+
+def _last(a: jax.Array, count: int) -> tuple[int, ...]:
+    return tuple(range(a.ndim - count, a.ndim))
+
+
+project.defvjp(_project_forward, _project_backward)
 
 
 class RMSNorm(nn.Module):
@@ -46,13 +75,14 @@ class Attention(nn.Module):
         group = c.num_heads // c.num_kv_heads
         init = nn.initializers.normal(_INIT_STDDEV)
         kernel = self.param("qkv", init, (c.width, c.num_kv_heads, group + 2, c.head_width))
-        qkv = keep(jnp.einsum("bsd,dkgh->bskgh", x, kernel), "qkv")
-        q, k, v = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
+        qkv = keep(project(x, kernel), "qkv")
+        # `split`, whose gradient is one concatenation: that of slices is a sum of padded arrays.
+        q, k, v = jax.lax.split(qkv, (group, 1, 1), axis=3)
+        k, v = k[..., 0, :], v[..., 0, :]
         mixed, state = attend(rotate(q, cos_sin), rotate(k, cos_sin), v)
         out = self.param("output", _residual_init(c), (c.num_kv_heads, group, c.head_width, c.width))
         mixed = keep(mixed, "attention")
-        # Not an einsum, which would contract g, h, k in this order: XLA would transpose the weight for it, every time.
-        return keep(jnp.tensordot(mixed, out, axes=3), "attention_output"), state
+        return keep(project(mixed, out, axes=3), "attention_output"), state
 
 
 class SwiGLU(nn.Module):
@@ -65,11 +95,11 @@ class SwiGLU(nn.Module):
         c = self.config
         init = nn.initializers.normal(_INIT_STDDEV)
         kernel = self.param("gate_up", init, (c.width, 2, c.feed_forward_width))
-        gate_up = jnp.einsum("bsd,dcf->bscf", x, kernel)
         # Kept apart: kept together, XLA:TPU copies both into another layout in the backward pass.
-        gate, up = keep(gate_up[..., 0, :], "gate_up"), keep(gate_up[..., 1, :], "gate_up")
+        halves = jax.lax.split(project(x, kernel), (1, 1), axis=2)
+        gate, up = (keep(half[..., 0, :], "gate_up") for half in halves)
         down = self.param("down", _residual_init(c), (c.feed_forward_width, c.width))
-        return jnp.einsum("bsf,fd->bsd", nn.silu(gate) * up, down)
+        return project(nn.silu(gate) * up, down)
 
 
 class DecoderLayer(nn.Module):

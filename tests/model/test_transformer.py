@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lsjax.config import RopeScaling
+from lsjax.model.layers import project
 from lsjax.model.transformer import forward, hidden_states, scan_layers
 from tests import numpy_llama
 from tests.conftest import random_params
@@ -93,3 +94,20 @@ def test_llama31_frequencies_equal_published_ratios():
     scaled = dataclasses.replace(plain, rope_scaling=RopeScaling("llama3", 32.0, 1.0, 4.0, 8192))
     ratio = inverse_frequencies(plain) / inverse_frequencies(scaled)
     np.testing.assert_allclose(ratio, [1.0] * 15 + [1.6513293, 3.2922628, 9.666731] + [32.0] * 14, rtol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_the_gradient_of_a_projection_is_that_of_its_sum(axes):
+    """Written by hand in the layers; here float64 numpy on the definition, several axes in and out."""
+    rng = np.random.default_rng(0)
+    x, kernel, gradient = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(4, 5, 6, 7)), rng.normal(size=(2, 3, 6, 7))
+    if axes == 1:
+        x, gradient = x[:, :, :, 0], rng.normal(size=(2, 3, 5, 6, 7))
+    letters = "ab" if axes == 2 else "a"
+    rest = "efg"[-(4 - axes) :]
+    out, pullback = jax.vjp(lambda *p: project(*p, axes), jnp.asarray(x), jnp.asarray(kernel))
+    of_x, of_kernel = pullback(jnp.asarray(gradient, out.dtype))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+    close(out, np.einsum(f"st{letters},{letters}{rest}->st{rest}", x, kernel))
+    close(of_x, np.einsum(f"st{rest},{letters}{rest}->st{letters}", gradient, kernel))
+    close(of_kernel, np.einsum(f"st{letters},st{rest}->{letters}{rest}", x, gradient))
