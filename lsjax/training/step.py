@@ -165,6 +165,7 @@ def _loss_sum(
         exit_active=recipe.exit_active,
         layer_mask=mask,
         distillation=s.exit_distillation,
+        z_loss=t.z_loss,
         token_stride=s.exit_token_stride,
         token_offset=step % s.exit_token_stride,
         exits_train_head=s.exits_train_head,
