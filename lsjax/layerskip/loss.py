@@ -19,7 +19,7 @@ def multi_exit_loss(
     config: ModelConfig,
     *,
     exit_weights: jax.Array,
-    exit_active: jax.Array,
+    exit_active: jax.Array | None,
     distillation: float = 0.0,
     z_loss: float = 0.0,
     token_stride: int = 1,
@@ -33,13 +33,14 @@ def multi_exit_loss(
     batch.weights.
 
     exit_weights and exit_active [L] are data: a curriculum never recompiles, and an inactive exit costs nothing
-    (`lax.cond`). Index l reads the state after layer l; the last layer always counts. Early exits look at every
-    `token_stride`-th token, from `token_offset` on, each for so many. Unless `exits_train_head`, only the last layer
-    pulls on the shared norm and head; unless `head_learns`, nothing does on the head. With distillation the states of
-    all layers are kept until the last one is known; without, each exit's loss is taken inside the layer scan.
+    (`lax.cond`); with exit_active None the program has no early exit at all. Index l reads the state after layer l; the
+    last layer always counts. Early exits look at every `token_stride`-th token, from `token_offset` on, each for so
+    many. Unless `exits_train_head`, only the last layer pulls on the shared norm and head; unless `head_learns`,
+    nothing does on the head. With distillation the states of all layers are kept until the last one is known; without,
+    each exit's loss is taken inside the layer scan.
     `layers`: how the layers run, for `scan_layers` (layer_mask, attention, rematerialize, unroll).
     """
-    exit_weights, exit_active = jnp.asarray(exit_weights), jnp.asarray(exit_active)
+    exit_weights = jnp.asarray(exit_weights)
     sample = functools.partial(_every, stride=token_stride, offset=token_offset)
     penalties = Penalties(distillation, z_loss)
     losses = functools.partial(exit_losses, config=config, chunk=loss_chunk, penalties=penalties)
@@ -48,9 +49,12 @@ def multi_exit_loss(
     early = functools.partial(losses, text=text, head_learns=head_learns and exits_train_head)
     layers |= {"positions": batch.positions, "segment_ids": batch.segment_ids}
     run_layers = functools.partial(scan_layers, params, batch.tokens, config, **layers)
-    early_exits = _after_the_layers if distillation else _inside_the_layers
-    exits = exit_weights, exit_active.at[-1].set(False)
-    x, objective, early_losses = early_exits(run_layers, early, early_params, sample, *exits)
+    if exit_active is None:
+        x, objective, early_losses = run_layers()[0], 0.0, jnp.zeros_like(exit_weights)
+    else:
+        early_exits = _after_the_layers if distillation else _inside_the_layers
+        exits = exit_weights, jnp.asarray(exit_active).at[-1].set(False)
+        x, objective, early_losses = early_exits(run_layers, early, early_params, sample, *exits)
     last = (x[None], Text(batch.targets, batch.weights), exit_weights[-1:], None)
     last_objective, last_loss = losses(params, *last, head_learns=head_learns)
     return objective + last_objective, jax.lax.stop_gradient(early_losses.at[-1].set(last_loss[0]))

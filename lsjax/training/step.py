@@ -164,7 +164,7 @@ def _loss_sum(
         batch,
         config.model,
         exit_weights=recipe.exit_weights,
-        exit_active=recipe.exit_active,
+        exit_active=None if s.exit_curriculum == "none" else recipe.exit_active,
         layer_mask=layer_mask,
         distillation=s.exit_distillation,
         z_loss=t.z_loss,
