@@ -38,6 +38,7 @@ def get_config():
     config.training.sequence_length = 128
     config.training.learning_rate = 1.5e-3
     config.training.warmup_steps = 40
+    config.training.rematerialize = "elementwise"
 
     config.evaluation.every_steps = 200
     config.evaluation.max_batches = 16

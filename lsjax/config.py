@@ -101,8 +101,10 @@ class TrainingConfig:
     `attention`: "auto" is flash attention where the platform has it, "flash" insists on it, "plain" avoids it.
     `rematerialize`: what the backward pass recomputes to save memory, from "none" over "elementwise" and
     "feed_forward" to "layer" (all but each layer's input). `loss_chunk`: tokens of a device whose logits exist at once.
-    `scan_unroll`: layers per iteration of the layer loop. `frozen`: parameters that stay as they are, such as
-    "embed" or "embed,layers/attention_norm" (paths as in lsjax/scale/sharding.py, or their beginnings)."""
+    `scan_unroll`: layers per iteration of the layer loop. `z_loss`: beside the cross-entropy of each exit, this much of
+    the square of its log-normalizer, which keeps logits from drifting (PaLM, arXiv 2204.02311, has 1e-4).
+    `frozen`: parameters that stay as they are, such as "embed" or "embed,layers/attention_norm" (paths as in
+    lsjax/scale/sharding.py, or their beginnings)."""
 
     total_steps: int = 1000
     batch_size: int = 16
@@ -114,6 +116,7 @@ class TrainingConfig:
     adam_b1: float = 0.9
     adam_b2: float = 0.95
     gradient_clip: float = 1.0
+    z_loss: float = 0.0
     gradient_accumulation: int = 1
     seed: int = 0
     compute_dtype: str = "auto"
@@ -267,7 +270,7 @@ def _check_training(config: Config) -> None:
     _positive("training", t, "gradient_clip", "gradient_accumulation", "loss_chunk", "scan_unroll", "log_every_steps")
     for name in ("adam_b1", "adam_b2"):
         _require(0 <= getattr(t, name) < 1, f"config.training.{name} must be in [0, 1), got {getattr(t, name)}")
-    for name in ("final_learning_rate_fraction", "weight_decay", "seed"):
+    for name in ("final_learning_rate_fraction", "weight_decay", "z_loss", "seed"):
         _require(getattr(t, name) >= 0, f"config.training.{name} must not be negative, got {getattr(t, name)}")
     _choice("config.training.compute_dtype", t.compute_dtype, ("auto", "float32", "bfloat16"))
     _choice("config.training.attention", t.attention, ("auto", "flash", "plain"))

@@ -290,9 +290,23 @@ def test_bad_input_to_benchmark_kernels(name, tmp_path):
     assert result.stderr.count("\n") == 1, result.stderr
 
 
+def test_training_is_timed(tmp_path):
+    sizes = "--config.model.num_layers=2", "--config.model.width=32", "--config.training.sequence_length=16"
+    report = tmp_path / "report.json"
+    how = "--config=configs/demo.py", "--steps=2", "--warmup=1", f"--report={report}"
+    result = run("benchmark_training.py", *how, *sizes)
+    assert result.returncode == 0, result.stderr
+    assert "tokens/s" in result.stdout
+    assert [run["name"] for run in json.loads(report.read_text())["runs"]] == ["lsjax"]
+    result = run("benchmark_training.py", *how, "--compare=tensorflow")
+    assert result.returncode == 2
+    assert result.stderr == "benchmark_training.py: --compare: 'tensorflow' is not one of pytorch, compiled\n"
+
+
 COMMANDS = [
     "train.py", "decode.py", "convert.py", "compile_ahead.py", "demo.py", "demo_pretrained.py", "ablate.py",
     "benchmark_kernels.py",
+    "benchmark_training.py",
 ]  # fmt: skip
 
 

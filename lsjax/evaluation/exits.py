@@ -10,7 +10,7 @@ import numpy as np
 
 from lsjax.config import ModelConfig
 from lsjax.data.batch import Batch
-from lsjax.layerskip.loss import split_tokens
+from lsjax.layerskip.chunked import split_tokens
 from lsjax.model.attention import plain_attention
 from lsjax.model.execution import Execution
 from lsjax.model.transformer import Params, exit_logits, head_matrix, scan_layers

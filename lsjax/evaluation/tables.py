@@ -98,6 +98,21 @@ def kernel_table(report: dict[str, Any]) -> Table:
     return table
 
 
+def training_table(report: dict[str, Any]) -> Table:
+    """A row a run of a training benchmark."""
+    table = Table(title=f"A training step on {report['device']}", title_justify="left")
+    for name in ("", "ms/step", "tokens/s", "time over ours", "loss of step 1", f"of step {_steps(report)}"):
+        table.add_column(name, justify="right" if name else "left")
+    for run in report["runs"]:
+        figures = f"{run['ms_per_step']:.1f}", f"{run['tokens_per_second']:.0f}", f"{run['times_ours']:.2f}"
+        table.add_row(run["name"], *figures, f"{run['losses'][0]:.5f}", f"{run['losses'][-1]:.5f}")
+    return table
+
+
+def _steps(report: dict[str, Any]) -> int:
+    return report["warmup"] + report["steps"]
+
+
 def print_table(table: Table) -> None:
     """On a terminal, fitted to it; in a file, as wide as its content, so that rows stay whole."""
     console = Console(highlight=False)

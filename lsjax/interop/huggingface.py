@@ -160,7 +160,7 @@ def _shard_name(number: int, count: int) -> str:
 def _shards(config: ModelConfig, params: Params, shard_bytes: int) -> Iterator[dict[str, tuple]]:
     """Tensors in the order of the layers, cut into files: {name: (how to get it, bytes)}."""
     shard, filled = {}, 0
-    for name, read, size in _tensors(config, params):
+    for name, read, size in stored_tensors(config, params):
         if shard and filled + size > shard_bytes:
             yield shard
             shard, filled = {}, 0
@@ -169,7 +169,7 @@ def _shards(config: ModelConfig, params: Params, shard_bytes: int) -> Iterator[d
     yield shard
 
 
-def _tensors(config: ModelConfig, params: Params) -> Iterator[tuple]:
+def stored_tensors(config: ModelConfig, params: Params) -> Iterator[tuple]:
     """(name, how to get it, bytes) of every tensor: embedding, layer after layer, final norm and head."""
     leaves = {parameter_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     found = []

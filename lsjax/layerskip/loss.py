@@ -1,232 +1,16 @@
-"""Cross-entropy at several exits without ever holding the logits of more than one chunk of tokens.
-
-The gradient of a chunk is formed right after its logits, in the forward pass: what the backward pass needs of an
-exit is then one [B, S, D] array, and no logits are computed twice. (Inside the layer loop they are: there, keeping the
-gradient of the head for every layer would be dearer.)
-"""
+"""J of Eq. 5: the loss of every exit that is on, and of the last layer."""
 
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from lsjax.config import ModelConfig
 from lsjax.data.batch import Batch
-from lsjax.model.attention import AttentionFunction, plain_attention
-from lsjax.model.transformer import Params, final_norm, head_matrix, project_vocabulary, scan_layers
-from lsjax.scale.sharding import BATCH_AXES, PARAMETER_AXES, constrain, width_axis
-
-_STATES = (None, "batch", None, None)  # logical axes of states [E,B,S,D]
-EXIT_BRANCH = "exit_branch"  # the scope of the branch that leaves an exit out: compiled programs are read by it
-
-
-class _Text(NamedTuple):
-    """What the exits' states [E,B,S,D] are judged by: targets and weights [B,S], perhaps a teacher's states [B,S,D]."""
-
-    targets: jax.Array
-    weights: jax.Array
-    teacher: jax.Array | None = None
-
-
-class _Static(NamedTuple):
-    config: ModelConfig
-    chunk: int
-    distillation: float
-    head_learns: bool
-
-
-def exit_losses(
-    params: Params,
-    states: jax.Array,
-    text: _Text,
-    exit_weights: jax.Array,
-    exit_active: jax.Array | None,
-    config: ModelConfig,
-    chunk: int,
-    distillation: float = 0.0,
-    head_learns: bool = True,
-) -> tuple[jax.Array, jax.Array]:
-    """(sum_e w(e) (CE_e + distillation KL_e), CE_e [E]), summed over tokens; the second carries no gradient.
-
-    states [E,B,S,D] after E layers. exit_active: [E], [] for all of them together, or None for all active; an exit that
-    is not costs nothing. KL_e is the divergence of exit e from the teacher, through which no gradient flows. Without
-    `head_learns` the vocabulary projection has none either.
-    """
-    if text.teacher is not None:
-        text = text._replace(teacher=jax.lax.stop_gradient(final_norm(params, text.teacher, config)))
-    weights = head_matrix(params) | {"final_norm": params["final_norm"]}
-    static = _Static(config, chunk, distillation, head_learns)
-    return _losses(weights, states, text, (exit_weights, exit_active), static)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _losses(params, states, text, per_exit, static):
-    return _run(params, states, text, per_exit, static, with_gradient=False)[0]
-
-
-def _losses_forward(params, states, text, per_exit, static):
-    return _run(params, states, text, per_exit, static, with_gradient=True)
-
-
-def _losses_backward(static, gradients, cotangents):
-    scale = cotangents[0]
-    params, states = jax.tree.map(lambda g: (scale * g).astype(g.dtype), gradients)
-    return params, states, None, None
-
-
-_losses.defvjp(_losses_forward, _losses_backward)
-
-
-def _run(params, states, text: _Text, per_exit, static: _Static, with_gradient: bool):
-    """((objective, CE [E]), (gradient of params, of states) or None)."""
-    exit_weights, active = per_exit
-    if active is None or active.ndim:
-        return _normed_run(params, states, text, per_exit, static, with_gradient)
-    run = lambda: _normed_run(params, states, text, (exit_weights, None), static, with_gradient)  # noqa: E731
-    nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run))  # noqa: E731
-    # The branch is taken out here and not for each chunk, so that nothing at all is sent for an exit that is off.
-    with jax.named_scope(EXIT_BRANCH):
-        result, gradients = jax.lax.cond(active, run, nothing)
-    return result, gradients and _laid_out(*gradients)
-
-
-def _laid_out(of_params, of_states):
-    """Gradients where their arrays lie; the compiler has gathered them at the end of a branch."""
-    axes = lambda name: PARAMETER_AXES[name if name in PARAMETER_AXES else f"{name}/scale"]  # noqa: E731
-    of_params = {name: jax.tree.map(lambda a, n=name: constrain(a, *axes(n)), g) for name, g in of_params.items()}
-    return of_params, constrain(of_states, *_STATES)
-
-
-def _normed_run(params, states, text: _Text, per_exit, static: _Static, with_gradient: bool):
-    """The exits' states through the final norm, and then judged."""
-    head = head_matrix(params)
-
-    def norm(scale, x):
-        return constrain(final_norm({"final_norm": scale}, constrain(x, *_STATES), static.config), *_STATES)
-
-    if not with_gradient:
-        normed = norm(params["final_norm"], states)
-        return _mesh_run(head, normed, text, per_exit, static, with_gradient)
-    normed, gradient_of_norm = jax.vjp(norm, params["final_norm"], states)
-    result, (of_head, of_normed) = _mesh_run(head, normed, text, per_exit, static, with_gradient)
-    of_scale, of_states = gradient_of_norm(of_normed)
-    # A head that does not learn has no gradient array at all, not one of zeros.
-    return result, ((of_head or dict.fromkeys(head)) | {"final_norm": of_scale}, of_states)
-
-
-def _mesh_run(head, states, text: _Text, per_exit, static: _Static, with_gradient: bool):
-    """((objective, CE [E]), (gradient of head, of states)), each device judging its own rows. States are normed."""
-    run = functools.partial(_run_rows, static=static, with_gradient=with_gradient)
-    if jax.sharding.get_abstract_mesh().empty:
-        return run(head, states, text, per_exit)
-
-    # By hand, with a head that is whole along D: what the compiler would make of the sum over chunks and exits is a
-    # reduction over the devices for each of them; here it is one.
-    def mine(head, states, text, per_exit):
-        whole = {name: jax.lax.all_gather(a, "fsdp", axis=width_axis(name), tiled=True) for name, a in head.items()}
-        result, gradients = run(whole, states, text, per_exit)
-        result = jax.lax.psum(result, BATCH_AXES)
-        if gradients is None or gradients[0] is None:
-            return result, gradients
-        of_head = {
-            name: jax.lax.psum(jax.lax.psum_scatter(a, "fsdp", scatter_dimension=width_axis(name), tiled=True), "data")
-            for name, a in gradients[0].items()
-        }
-        return result, (of_head, gradients[1])
-
-    head_specs = {name: P(*["fsdp" if axis == width_axis(name) else None for axis in range(2)]) for name in head}
-    rows, states_spec = P(BATCH_AXES), P(None, BATCH_AXES)
-    learns = with_gradient and static.head_learns
-    gradient_specs = ((head_specs if learns else None), states_spec) if with_gradient else None
-    return jax.shard_map(
-        mine,
-        in_specs=(head_specs, states_spec, rows, P()),
-        out_specs=(P(), gradient_specs),
-        axis_names=set(BATCH_AXES),
-        check_vma=False,
-    )(head, states, text, per_exit)
-
-
-def _run_rows(head, states, text: _Text, per_exit, static, with_gradient: bool):
-    """The same of one device's rows: chunk by chunk, in each exit by exit."""
-    _, chunk, distillation, head_learns = static
-
-    def chunk_losses(head_sum, piece):
-        states, text = piece
-        loss_of = functools.partial(_exit_loss, text=text, teach=_teach(head, text), distillation=distillation)
-        one_exit = functools.partial(_one_exit, head, loss_of, with_gradient)
-        return jax.lax.scan(one_exit, head_sum, (states, *per_exit))
-
-    states_pieces, text_pieces = split_tokens((jnp.moveaxis(states, 0, 2), text), chunk)
-    pieces = (jnp.moveaxis(states_pieces, 3, 1), text_pieces)  # [pieces, E, B, s, D], and text [pieces, B, s]
-    head_sum = None
-    if with_gradient and head_learns:
-        head_sum = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
-    head_sum, (values, losses, of_states) = jax.lax.scan(chunk_losses, head_sum, pieces)
-    result = jnp.sum(values), jnp.sum(losses, axis=0)
-    if not with_gradient:
-        return result, None
-    of_head = head_sum and jax.tree.map(lambda a, s: s.astype(a.dtype), head, head_sum)
-    return result, (of_head, jnp.moveaxis(of_states, 0, 2).reshape(states.shape))
-
-
-def _one_exit(head, loss_of, with_gradient: bool, head_sum, exit_):
-    """Adds an active exit's gradient to head_sum (None: not wanted); gives (objective, CE, gradient of its states)."""
-    x, weight, active = exit_
-
-    def run(head_sum):
-        if not with_gradient:
-            return head_sum, (*loss_of(head, x, weight), None)
-        wanted = (1,) if head_sum is None else (0, 1)
-        (value, loss), gradients = jax.value_and_grad(loss_of, wanted, has_aux=True)(head, x, weight)
-        if head_sum is not None:
-            head_sum = jax.tree.map(jnp.add, head_sum, gradients[0])
-        return head_sum, (value, loss, gradients[-1])
-
-    def skip(head_sum):
-        zero = jnp.float32(0.0)
-        return head_sum, (zero, zero, jnp.zeros_like(x) if with_gradient else None)
-
-    if active is None:
-        return run(head_sum)
-    with jax.named_scope(EXIT_BRANCH):
-        return jax.lax.cond(active, run, skip, head_sum)
-
-
-def _teach(head, text: _Text) -> jax.Array | None:
-    """The teacher's log-probabilities [B, s, V]."""
-    return None if text.teacher is None else jax.nn.log_softmax(project_vocabulary(head, text.teacher))
-
-
-def _exit_loss(head, x, weight, text: _Text, teach: jax.Array | None, distillation: float):
-    cross_entropy, divergence = _judge(project_vocabulary(head, x), text, teach)
-    return weight * (cross_entropy + distillation * divergence), cross_entropy
-
-
-def _judge(logits: jax.Array, text: _Text, teach: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums over tokens: cross-entropy, and divergence KL(teacher || logits)."""
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    # A masked sum, not a gather: it stays local when the vocabulary is sharded, and its gradient is no scatter.
-    hit = jnp.arange(logits.shape[-1]) == text.targets[..., None]
-    target_logit = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-    cross_entropy = jnp.sum((log_normalizer - target_logit) * text.weights)
-    if teach is None:
-        return cross_entropy, jnp.float32(0.0)
-    divergence = jnp.sum(jnp.exp(teach) * (teach - logits), axis=-1) + log_normalizer
-    return cross_entropy, jnp.sum(divergence * text.weights)
-
-
-def split_tokens(arrays, chunk: int):
-    """A tree of [B, S, ...] -> [pieces, B, S/pieces, ...], each piece at most `chunk` tokens if it can be.
-
-    Only the sequence axis is cut, into equal parts: a sharded batch axis stays where it is.
-    """
-    batch, length = jax.tree.leaves(arrays)[0].shape[:2]
-    wanted = min(length, -(-batch * length // chunk))
-    pieces = next(n for n in range(wanted, length + 1) if length % n == 0)
-    return jax.tree.map(lambda a: a.reshape(batch, pieces, -1, *a.shape[2:]).swapaxes(0, 1), arrays)
+from lsjax.layerskip.chunked import exit_losses
+from lsjax.layerskip.cross_entropy import Penalties, Text
+from lsjax.model.transformer import Params, scan_layers
 
 
 def multi_exit_loss(
@@ -235,52 +19,43 @@ def multi_exit_loss(
     config: ModelConfig,
     *,
     exit_weights: jax.Array,
-    exit_active: jax.Array,
-    layer_mask: jax.Array | None = None,
+    exit_active: jax.Array | None,
     distillation: float = 0.0,
+    z_loss: float = 0.0,
     token_stride: int = 1,
     token_offset: jax.Array | int = 0,
     exits_train_head: bool = True,
     head_learns: bool = True,
     loss_chunk: int = 1024,
-    attention: AttentionFunction = plain_attention,
-    rematerialize: str = "none",
-    unroll: int = 1,
+    **layers: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """J of Eq. 5, summed over tokens: (sum_l w(l) (CE_l + distillation KL_l), CE_l [L]), over batch.weights.
+    """J of Eq. 5, summed over tokens: (sum_l w(l) (CE_l + distillation KL_l + z_loss (log Z_l)^2), CE_l [L]), over
+    batch.weights.
 
     exit_weights and exit_active [L] are data: a curriculum never recompiles, and an inactive exit costs nothing
-    (`lax.cond`). Index l reads the state after layer l; the last layer always counts. Early exits look at every
-    `token_stride`-th token, from `token_offset` on, each for so many. Unless `exits_train_head`, only the last layer
-    pulls on the shared norm and head; unless `head_learns`, nothing does on the head. With distillation the states of
-    all layers are kept until the last one is known; without, each exit's loss is taken inside the layer scan.
+    (`lax.cond`); with exit_active None the program has no early exit at all. Index l reads the state after layer l; the
+    last layer always counts. Early exits look at every `token_stride`-th token, from `token_offset` on, each for so
+    many. Unless `exits_train_head`, only the last layer pulls on the shared norm and head; unless `head_learns`,
+    nothing does on the head. With distillation the states of all layers are kept until the last one is known; without,
+    each exit's loss is taken inside the layer scan.
+    `layers`: how the layers run, for `scan_layers` (layer_mask, attention, rematerialize, unroll).
     """
-    exit_weights, exit_active = jnp.asarray(exit_weights), jnp.asarray(exit_active)
+    exit_weights = jnp.asarray(exit_weights)
     sample = functools.partial(_every, stride=token_stride, offset=token_offset)
-    losses = functools.partial(exit_losses, config=config, chunk=loss_chunk)
+    penalties = Penalties(distillation, z_loss)
+    losses = functools.partial(exit_losses, config=config, chunk=loss_chunk, penalties=penalties)
     early_params = params if exits_train_head else jax.lax.stop_gradient(params)
-    early = functools.partial(
-        losses,
-        text=_Text(sample(batch.targets), token_stride * sample(batch.weights)),
-        distillation=distillation,
-        head_learns=head_learns and exits_train_head,
-    )
-    run_layers = functools.partial(
-        scan_layers,
-        params,
-        batch.tokens,
-        config,
-        layer_mask=layer_mask,
-        positions=batch.positions,
-        segment_ids=batch.segment_ids,
-        attention=attention,
-        rematerialize=rematerialize,
-        unroll=unroll,
-    )
-    early_exits = _after_the_layers if distillation else _inside_the_layers
-    exits = exit_weights, exit_active.at[-1].set(False)
-    x, objective, early_losses = early_exits(run_layers, early, early_params, sample, *exits)
-    last = (x[None], _Text(batch.targets, batch.weights), exit_weights[-1:], None)
+    text = Text(sample(batch.targets), token_stride * sample(batch.weights))
+    early = functools.partial(losses, text=text, head_learns=head_learns and exits_train_head)
+    layers |= {"positions": batch.positions, "segment_ids": batch.segment_ids}
+    run_layers = functools.partial(scan_layers, params, batch.tokens, config, **layers)
+    if exit_active is None:
+        x, objective, early_losses = run_layers()[0], 0.0, jnp.zeros_like(exit_weights)
+    else:
+        early_exits = _after_the_layers if distillation else _inside_the_layers
+        exits = exit_weights, jnp.asarray(exit_active).at[-1].set(False)
+        x, objective, early_losses = early_exits(run_layers, early, early_params, sample, *exits)
+    last = (x[None], Text(batch.targets, batch.weights), exit_weights[-1:], None)
     last_objective, last_loss = losses(params, *last, head_learns=head_learns)
     return objective + last_objective, jax.lax.stop_gradient(early_losses.at[-1].set(last_loss[0]))
 

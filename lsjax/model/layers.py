@@ -48,11 +48,12 @@ class Attention(nn.Module):
         init = nn.initializers.normal(_INIT_STDDEV)
         kernel = _weight(self, "qkv", init, (c.width, c.num_kv_heads, group + 2, c.head_width))
         qkv = keep(matmul(x, kernel), "qkv")
-        q, k, v = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
+        # `split`, whose gradient is one concatenation: that of slices is a sum of padded arrays.
+        q, k, v = jax.lax.split(qkv, (group, 1, 1), axis=3)
+        k, v = k[..., 0, :], v[..., 0, :]
         mixed, state = attend(rotate(q, cos_sin), rotate(k, cos_sin), v)
         out = _weight(self, "output", _residual_init(c), (c.num_kv_heads, group, c.head_width, c.width))
         mixed = keep(mixed, "attention")
-        # Not an einsum, which would contract g, h, k in this order: XLA would transpose the weight for it, every time.
         return keep(matmul(mixed, out, axes=3), "attention_output"), state
 
 
@@ -66,9 +67,9 @@ class SwiGLU(nn.Module):
         c = self.config
         init = nn.initializers.normal(_INIT_STDDEV)
         kernel = _weight(self, "gate_up", init, (c.width, 2, c.feed_forward_width))
-        gate_up = matmul(x, kernel)
         # Kept apart: kept together, XLA:TPU copies both into another layout in the backward pass.
-        gate, up = keep(gate_up[..., 0, :], "gate_up"), keep(gate_up[..., 1, :], "gate_up")
+        halves = jax.lax.split(matmul(x, kernel), (1, 1), axis=2)
+        gate, up = (keep(half[..., 0, :], "gate_up") for half in halves)
         down = _weight(self, "down", _residual_init(c), (c.feed_forward_width, c.width))
         return matmul(nn.silu(gate) * up, down)
 

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from lsjax.config import Config
-from lsjax.layerskip.loss import EXIT_BRANCH
+from lsjax.layerskip.chunked import EXIT_BRANCH
 from lsjax.model.transformer import LAYER_BRANCH
 from lsjax.scale import hlo
 from lsjax.scale.ahead import Ahead, Outcome

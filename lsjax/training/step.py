@@ -116,14 +116,11 @@ def mean_gradients(
     """Gradient (laid out as given), loss and exit losses [L] per learned token, over the microbatches."""
     t, execution = config.training, execution or choose_execution(config)
     tokens = jnp.maximum(jnp.sum(batch.weights), 1.0)
-    key = jax.random.fold_in(jax.random.key(t.seed + 1), state.step)
     gradient_of = jax.value_and_grad(_loss_sum, has_aux=True)
 
     def microbatch(index, part):
-        mask_key = jax.random.fold_in(key, index)
-        (loss, exit_losses), gradients = gradient_of(
-            state.params, part, recipe, state.step, mask_key, config, execution
-        )
+        mask = layer_mask_at(state.step, index, recipe, config)
+        (loss, exit_losses), gradients = gradient_of(state.params, part, recipe, state.step, mask, config, execution)
         return gradients, loss, exit_losses
 
     if t.gradient_accumulation == 1:
@@ -140,21 +137,26 @@ def mean_gradients(
     return gradients, loss, exit_losses
 
 
+def layer_mask_at(step: jax.Array | int, part: jax.Array | int, recipe: Recipe, config: Config) -> jax.Array | None:
+    """What dropout leaves of the layers in a step's part of the batch, the same each time; None: everything."""
+    t, s = config.training, config.layerskip
+    if not s.dropout_max_rate:
+        return None
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(t.seed + 1), step), part)
+    rows = t.batch_size // t.gradient_accumulation
+    return draw_layer_mask(key, recipe.dropout_rates, rows, s.dropout_granularity, s.dropout_rescale)
+
+
 def _loss_sum(
     params: Params,
     batch: Batch,
     recipe: Recipe,
     step: jax.Array,
-    mask_key: jax.Array,
+    layer_mask: jax.Array | None,
     config: Config,
     execution: Execution,
 ):
     t, s = config.training, config.layerskip
-    mask = None
-    if s.dropout_max_rate > 0:
-        mask = draw_layer_mask(
-            mask_key, recipe.dropout_rates, batch.tokens.shape[0], s.dropout_granularity, s.dropout_rescale
-        )
     frozen = is_frozen(t, params)
     params = jax.tree.map(lambda a, still: jax.lax.stop_gradient(a) if still else a, params, frozen)
     return multi_exit_loss(
@@ -162,9 +164,10 @@ def _loss_sum(
         batch,
         config.model,
         exit_weights=recipe.exit_weights,
-        exit_active=recipe.exit_active,
-        layer_mask=mask,
+        exit_active=None if s.exit_curriculum == "none" else recipe.exit_active,
+        layer_mask=layer_mask,
         distillation=s.exit_distillation,
+        z_loss=t.z_loss,
         token_stride=s.exit_token_stride,
         token_offset=step % s.exit_token_stride,
         exits_train_head=s.exits_train_head,
@@ -186,8 +189,9 @@ def microbatch_residuals(config: Config, execution: Execution) -> int:
     params = jax.eval_shape(lambda: init_state(config)).params
 
     def backward(params, tokens, weights):
-        batch, key = Batch(tokens, tokens, weights), jax.random.key(0)
-        loss = lambda p: _loss_sum(p, batch, recipe_at(0, config), jnp.int32(0), key, config, execution)  # noqa: E731
+        batch, recipe, step = Batch(tokens, tokens, weights), recipe_at(0, config), jnp.int32(0)
+        mask = layer_mask_at(step, 0, recipe, config)
+        loss = lambda p: _loss_sum(p, batch, recipe, step, mask, config, execution)  # noqa: E731
         return jax.vjp(loss, params, has_aux=True)[1]
 
     kept = jax.tree.leaves(jax.eval_shape(backward, params, tokens, weights))

@@ -99,6 +99,20 @@ def test_state_is_donated_and_memory_adds_up(on_h100):
     assert json.dumps(report)
 
 
+def test_four_exits_need_little_more_memory_than_one():
+    """Temporaries of the step with an exit after each of four layers, against a program with the last one alone."""
+    temporaries = {}
+    for curriculum in ("none", "all"):
+        config = shallow(
+            "pretrain_1_5b",
+            layerskip={"exit_curriculum": curriculum},
+            training={"batch_size": 8, "sequence_length": 1024, "loss_chunk": 1024},
+        )
+        _, _, outcome = report_of(config, "gpu:h100:1x8")
+        temporaries[curriculum] = outcome.memory.temp_size_in_bytes
+    assert temporaries["all"] < 1.3 * temporaries["none"]
+
+
 def test_the_bound_is_that_of_the_slowest_part(on_h100):
     _, report, *_ = on_h100
     r = report["roofline"]

@@ -118,6 +118,29 @@ def test_logits_never_exist_at_once(tiny, tiny_params, batch):
     assert chunked.lower(params).compile().memory_analysis().temp_size_in_bytes < one_exit
 
 
+def test_four_exits_need_little_more_memory_than_one(tiny):
+    """Temporaries of the gradient with four exits on, against a program that has only the last one."""
+    config = dataclasses.replace(tiny, vocab_size=4096, width=64, feed_forward_width=128)
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+    batch = Batch(tokens, tokens, jax.ShapeDtypeStruct(tokens.shape, jnp.float32))
+
+    def temporaries(active):
+        exits = {"exit_weights": WEIGHTS, "exit_active": active}
+        loss = lambda p, b: multi_exit_loss(p, b, config, loss_chunk=128, rematerialize="layer", **exits)[0]  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(np.ones(4, bool)) < 1.2 * temporaries(None)
+
+
+def test_without_early_exits_the_program_has_no_branch(tiny, tiny_params, batch):
+    alone = lambda active: multi_exit_loss(tiny_params, batch, tiny, exit_weights=WEIGHTS, exit_active=active)  # noqa: E731
+    total, losses = alone(None)
+    np.testing.assert_allclose(total, alone(np.arange(4) == 3)[0], rtol=1e-6)
+    assert np.flatnonzero(losses).tolist() == [3]
+    assert "cond" not in str(jax.make_jaxpr(lambda: alone(None))())
+
+
 def test_no_layer_keeps_a_gradient_of_the_head(tiny, batch):
     """Exits inside the layer scan, nothing recomputed: what is kept for the backward pass does not hold [L, V, D]."""
     config = dataclasses.replace(tiny, vocab_size=8192, num_layers=16)

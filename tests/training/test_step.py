@@ -1,6 +1,7 @@
 """One training step: schedules as arrays, accumulation, compilation, meshes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +70,8 @@ def test_a_step_is_adamw_on_the_mean_loss(tiny_run):
         picked = jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]
         return -jnp.sum(picked * batch.weights) / jnp.sum(batch.weights)
 
-    loss, gradient = jax.value_and_grad(mean_loss)(state.params)
-    after, metrics = train_step(state, batch, config=config)
+    loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(state.params)
+    after, metrics = jax.jit(functools.partial(train_step, config=config))(state, batch)
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
     np.testing.assert_allclose(metrics.gradient_norm, norm, rtol=1e-4)
@@ -103,8 +104,9 @@ def test_norm_scales_are_not_decayed(tiny_run):
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny_run, parts):
     config = replace(tiny_run, layerskip={"dropout_max_rate": 0.0})
     state, batch = init_state(config), make_batch(config)
-    whole, metrics = train_step(state, batch, config=config)
-    split, split_metrics = train_step(state, batch, config=replace(config, training={"gradient_accumulation": parts}))
+    step = jax.jit(train_step, static_argnames="config")
+    whole, metrics = step(state, batch, config=config)
+    split, split_metrics = step(state, batch, config=replace(config, training={"gradient_accumulation": parts}))
     np.testing.assert_allclose(split_metrics.loss, metrics.loss, rtol=1e-5)
     np.testing.assert_allclose(split_metrics.exit_losses, metrics.exit_losses, rtol=1e-5)
     np.testing.assert_allclose(split_metrics.gradient_norm, metrics.gradient_norm, rtol=1e-4)
@@ -128,6 +130,11 @@ def test_the_recipe_is_that_of_the_step(tiny_run):
     np.testing.assert_allclose(recipe.exit_weights, [0, 0.2 / (0.2 + 3.6), 0, 3.6 / (0.2 + 3.6)], rtol=1e-5)
 
 
+@functools.cache
+def single_device(config):
+    return run_steps(config, MeshConfig(1, 1, 1), devices=jax.devices()[:1])[1]
+
+
 MESHES = [MeshConfig(8, 1, 1), MeshConfig(1, 8, 1), MeshConfig(2, 2, 2), MeshConfig(1, 4, 2), MeshConfig(4, 1, 2)]
 
 
@@ -138,8 +145,7 @@ MESHES = [MeshConfig(8, 1, 1), MeshConfig(1, 8, 1), MeshConfig(2, 2, 2), MeshCon
 )
 def test_any_mesh_gives_the_losses_of_one_device(tiny_run, mesh, granularity):
     config = replace(tiny_run, layerskip={"dropout_max_rate": 0.5, "dropout_granularity": granularity})
-    _, single, _ = run_steps(config, MeshConfig(1, 1, 1), devices=jax.devices()[:1])
-    _, sharded, _ = run_steps(config, mesh)
+    single, (_, sharded, _) = single_device(config), run_steps(config, mesh)
     for ours, theirs in zip(sharded, single, strict=True):
         np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
         np.testing.assert_allclose(ours.exit_losses, theirs.exit_losses, rtol=1e-5)

@@ -1,0 +1,102 @@
+"""What one exit is charged for a chunk of tokens, and its gradient, from one pass over the logits.
+
+With e = exp(logits - max), Z = sum e and one exponential a logit, loss and gradient are written down together:
+    CE = log Z + max - logit(y)                          d CE / d logits = e / Z - [y]
+    KL = sum q (log q - logits) + log Z + max            d KL / d logits = e / Z - q     (q: the teacher)
+    z  = (log Z + max)^2                                 d z / d logits  = 2 (log Z + max) e / Z
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lsjax.model.transformer import Params, project_vocabulary
+
+
+class Text(NamedTuple):
+    """What the exits' states [E,B,S,D] are judged by: targets and weights [B,S], perhaps a teacher's states [B,S,D]."""
+
+    targets: jax.Array
+    weights: jax.Array
+    teacher: jax.Array | None = None
+
+
+class Penalties(NamedTuple):
+    """What is added to the cross-entropy: so much of the divergence from the teacher, and of (log Z)^2."""
+
+    distillation: float = 0.0
+    z_loss: float = 0.0
+
+
+class Teacher(NamedTuple):
+    """q, float32 [B,s,V], and sum q log q, [B,s]."""
+
+    probabilities: jax.Array
+    negative_entropy: jax.Array
+
+
+class Charge(NamedTuple):
+    """Sums over the tokens: what is minimised, and the cross-entropy in it. With gradients, float32: of the head
+    (None: it does not learn), of the states [B,s,D]."""
+
+    objective: jax.Array
+    cross_entropy: jax.Array
+    of_head: Params | None = None
+    of_states: jax.Array | None = None
+
+
+def read_teacher(head: Params, text: Text) -> Teacher | None:
+    if text.teacher is None:
+        return None
+    log_probabilities = jax.nn.log_softmax(project_vocabulary(head, text.teacher))
+    probabilities = jnp.exp(log_probabilities)
+    return Teacher(probabilities, jnp.sum(probabilities * log_probabilities, axis=-1))
+
+
+def charge(
+    head: Params,
+    x: jax.Array,
+    weight: jax.Array,
+    text: Text,
+    teacher: Teacher | None,
+    penalties: Penalties,
+    with_gradient: bool,
+    head_learns: bool,
+) -> Charge:
+    """weight (CE + distillation KL + z_loss z) of normed states x [B,s,D], over text.weights [B,s]."""
+    distillation, z_loss = penalties if teacher is not None else (0.0, penalties.z_loss)
+    logits = project_vocabulary(head, x)
+    largest = jnp.max(logits, axis=-1)
+    raised = jnp.exp(logits - largest[..., None])
+    normalizer = jnp.sum(raised, axis=-1)
+    log_normalizer = jnp.log(normalizer) + largest
+    # A masked sum, not a gather: it stays local when the vocabulary is sharded.
+    hit = jnp.arange(logits.shape[-1]) == text.targets[..., None]
+    each = log_normalizer - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    cross_entropy = jnp.sum(each * text.weights)
+    if distillation:
+        agreement = jnp.sum(teacher.probabilities * logits, axis=-1)
+        each += distillation * (teacher.negative_entropy - agreement + log_normalizer)
+    if z_loss:
+        each += z_loss * jnp.square(log_normalizer)
+    objective = weight * jnp.sum(each * text.weights)
+    if not with_gradient:
+        return Charge(objective, cross_entropy)
+
+    # d / d logits times Z / weight. What differs from token to token only is multiplied to the narrow sides of the two
+    # products, D wide: another pass over the vocabulary costs XLA:CPU a fifth of them.
+    pull = raised
+    if distillation or z_loss:
+        pull = raised * (1.0 + distillation + 2.0 * z_loss * log_normalizer)[..., None]
+    if distillation:
+        pull -= distillation * normalizer[..., None] * teacher.probabilities
+    pull = jnp.where(hit, pull - normalizer[..., None], pull).astype(x.dtype)
+    scale = (weight * text.weights / normalizer)[..., None]
+    ((name, matrix),) = head.items()
+    axes = "dv" if name == "lm_head" else "vd"
+    of_states = scale * jnp.einsum(f"bsv,{axes}->bsd", pull, matrix, preferred_element_type=jnp.float32)
+    if not head_learns:
+        return Charge(objective, cross_entropy, None, of_states)
+    of_head = jnp.einsum(f"bsv,bsd->{axes}", pull, (scale * x).astype(x.dtype), preferred_element_type=jnp.float32)
+    return Charge(objective, cross_entropy, {name: of_head}, of_states)

@@ -1,0 +1,53 @@
+"""A training step in PyTorch beside ours: the same losses, step after step, so the same gradients and updates."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from lsjax.config import Config
+from lsjax.errors import UserError
+from lsjax.training.benchmark import OurTraining, random_batch
+from lsjax.training.rivals import TorchTraining, turn_at
+from tests.conftest import TINY
+
+RECIPES = {
+    "paper": {"exit_scale": 1.0, "exit_curriculum": "all", "dropout_max_rate": 0.3},
+    "batch": {"dropout_granularity": "batch", "dropout_max_rate": 0.5, "exit_rotation": 2, "exit_distillation": 2.0},
+    "successor": {"dropout_depth_schedule": "linear", "dropout_rescale": True, "dropout_max_rate": 0.5},
+}
+
+
+def configured(recipe, **training) -> Config:
+    """Steps so large, and so much decay, that a wrong update shows in the next loss."""
+    model = dataclasses.replace(TINY, tie_embeddings=recipe != "successor")
+    config = Config(model=model)
+    sizes = {"batch_size": 8, "sequence_length": 32, "total_steps": 20, "loss_chunk": 64}
+    steps = {"learning_rate": 3e-3, "warmup_steps": 0, "weight_decay": 10.0, "gradient_clip": 0.5} | sizes | training
+    return dataclasses.replace(
+        config,
+        layerskip=dataclasses.replace(config.layerskip, exit_weight_floor=0.3, **RECIPES[recipe]),
+        training=dataclasses.replace(config.training, **steps),
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_losses_are_ours_step_after_step(recipe):
+    config = configured(recipe)
+    ours = OurTraining(config)
+    theirs = TorchTraining(config, ours.state.params)
+    turns = [turn_at(step, random_batch(config, 0), config) for step in range(5)]
+    losses = np.array([(ours.step(turn), theirs.step(turn)) for turn in turns])
+    np.testing.assert_allclose(losses[0, 1], losses[0, 0], rtol=1e-5)
+    np.testing.assert_allclose(losses[:, 1], losses[:, 0], rtol=1e-4)
+    assert losses[0, 0] - losses[-1, 0] > 0.05
+
+
+def test_what_it_does_not_have_it_says():
+    for recipe, section, key, value in (("paper", "training", "gradient_accumulation", 2),):
+        config = configured(recipe, **{key: value})
+        with pytest.raises(UserError, match=f"no config.{section}.{key}: leave it at 1 to compare"):
+            TorchTraining(config, None)
