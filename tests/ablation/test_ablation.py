@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from lsjax.ablation import run
 from lsjax.ablation.ablate import ablate
 from lsjax.ablation.recipes import BASELINE, choose, recipes
 from lsjax.ablation.report import Outcome, baseline_at_equal_time, findings, outcomes
@@ -81,15 +82,16 @@ def test_findings_tell_a_loss_that_gets_worse():
     ]
 
 
-def test_runs_are_trained_compared_and_not_repeated(small_run, tmp_path, capsys):
+def test_runs_are_trained_compared_and_not_repeated(small_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "_NUM_SPECULATIONS", (2,))
     ablate(small_run, tmp_path, ["focused-skipping"])
     printed = capsys.readouterr().out
     assert "focused-skipping" in printed.split("Recipes, held-out text")[1]
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((tmp_path / "focused-skipping" / "seed0" / "result.json").read_text())
     assert len(result["profile"]["loss"]) == 2
-    assert [run["step"] for run in result["evaluations"]] == [2, 4]
-    assert all(run["matches_autoregressive"] for run in result["decoding"])
+    assert [row["step"] for row in result["evaluations"]] == [2, 4]
+    assert all(setting["matches_autoregressive"] for setting in result["decoding"])
     config = json.loads((tmp_path / "focused-skipping" / "seed0" / "config.json").read_text())
     assert config["layerskip"]["exit_last"] == 1
     found = outcomes(tmp_path, list(recipes(2).values()))

@@ -138,7 +138,7 @@ LONG = "--config.training.total_steps=2000"
 
 
 # Long enough to be killed among steps.
-LONGER = ("--config.training.total_steps=150", "--config.checkpoint.every_steps=40")
+LONGER = ("--config.training.total_steps=90", "--config.checkpoint.every_steps=25")
 
 
 def test_a_killed_rank_stops_the_others_and_fewer_hosts_go_on(config, tmp_path):
@@ -146,7 +146,7 @@ def test_a_killed_rank_stops_the_others_and_fewer_hosts_go_on(config, tmp_path):
     ((status, _, err),) = finish(start(config, tmp_path / "alone", 1, *LONGER))
     assert status == 0, err
     processes = start(config, tmp_path / "killed", 2, *LONGER)
-    wait_for_checkpoint(tmp_path / "killed", 40, processes)
+    wait_for_checkpoint(tmp_path / "killed", 25, processes)
     processes[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     (status, _, err), _ = finish(processes, timeout=120)

@@ -20,6 +20,7 @@ from lsjax.errors import UserError
 from lsjax.evaluation.exits import exit_profile
 from lsjax.training.loop import train
 from lsjax.training.metrics import read_complete_lines
+from tests.conftest import process_environment
 from tests.training.test_step import replace
 
 TIMING = {"tokens_per_second", "tokens_per_second_per_device"}
@@ -97,7 +98,7 @@ def test_running_again_changes_nothing(finished):
 def uninterrupted(text_folder, tmp_path_factory):
     """A longer run, so that a signal surely arrives before its end."""
     # Saving and evaluating fall on the same steps, so that stopping between the two is tried as well.
-    config = replace(_tiny_run(text_folder), training={"total_steps": 150}, evaluation={"every_steps": 5})
+    config = replace(_tiny_run(text_folder), training={"total_steps": 80}, evaluation={"every_steps": 5})
     workdir = tmp_path_factory.mktemp("uninterrupted")
     train(config, workdir, verbose=False)
     return config, workdir
@@ -114,16 +115,17 @@ def test_a_run_stopped_anywhere_resumes_bit_for_bit(uninterrupted, tmp_path, sig
         "train(Config.from_dict(json.loads(sys.argv[1])), sys.argv[2])"
     )
     command = [sys.executable, "-c", code, json.dumps(config.to_dict()), str(workdir)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    here = process_environment()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=here)
     _wait_for_steps(workdir, 17, process)
     process.send_signal(signal_number)
     errors = process.communicate(timeout=60)[1].decode()
     last_step = metrics(workdir)[-1]["step"]
-    assert last_step < 150
+    assert last_step < 80
     if signal_number == signal.SIGTERM:  # asked kindly, it saves where it is
         assert process.returncode == 0, errors
         assert max(int(p.name) for p in (workdir / "checkpoints").iterdir()) == last_step
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120, env=here)
     assert metrics(workdir) == metrics(reference)
     assert read_lines(workdir / "evaluations.jsonl") == read_lines(reference / "evaluations.jsonl")
     ours, theirs = lsjax.load(workdir), lsjax.load(reference)
