@@ -60,6 +60,7 @@ def recipes(num_layers: int) -> dict[str, Recipe]:
         Recipe("paper-distilled", "KL from the last layer (EESD, arXiv 2406.03853)", both | {"exit_distillation": 3.0}),
         Recipe("distilled", "weight floor and KL, no dropout", exits | distilled),
         Recipe("focused", "the same, on exits of the first half only", exits | distilled | focused),
+        Recipe("focused-light", "and with a floor of 0.1", exits | distilled | focused | {"exit_weight_floor": 0.1}),
         Recipe(
             "focused-skipping", "and whole layers skipped, for a batch at a time", exits | distilled | focused | skipped
         ),
