@@ -44,6 +44,7 @@ def recipes(num_layers: int) -> dict[str, Recipe]:
     successor = {"dropout_depth_schedule": "linear", "dropout_time_schedule": "linear_decay", "dropout_rescale": True}
     distilled = {"exit_distillation": 3.0, "exit_weight_floor": 0.3}
     focused = {"exit_last": half, "exit_rotation": min(2, half)}
+    light = {"exit_weight_floor": 0.1}
     skipped = {"dropout_granularity": "batch", "dropout_max_rate": 0.5} | successor
     both = dropout | exits
     listed = [
@@ -60,9 +61,11 @@ def recipes(num_layers: int) -> dict[str, Recipe]:
         Recipe("paper-distilled", "KL from the last layer (EESD, arXiv 2406.03853)", both | {"exit_distillation": 3.0}),
         Recipe("distilled", "weight floor and KL, no dropout", exits | distilled),
         Recipe("focused", "the same, on exits of the first half only", exits | distilled | focused),
-        Recipe("focused-light", "and with a floor of 0.1", exits | distilled | focused | {"exit_weight_floor": 0.1}),
+        Recipe("focused-light", "and with a floor of 0.1", exits | distilled | focused | light),
         Recipe(
-            "focused-skipping", "and whole layers skipped, for a batch at a time", exits | distilled | focused | skipped
+            "focused-skipping",
+            "and whole layers skipped, for a batch at a time",
+            exits | distilled | focused | light | skipped,
         ),
     ]
     return {recipe.name: recipe for recipe in listed}
