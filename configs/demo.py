@@ -8,8 +8,9 @@ the first; self-speculation 2 times as fast as autoregressive, 2.5 times where d
 
 Not the paper's recipe but a short-budget one, the best of launch/ablate.py: only exits of the first half, which draft,
 are trained; each has at least a tenth of the last layer's weight, and also learns from the last layer's own
-distribution. No layer is dropped: in a few hundred steps that cost the last layer 3 % and bought the exits nothing. Wide
-enough that its weights do not fit a processor's cache: reading them is then what decoding costs, as on any larger model.
+distribution. No layer is dropped: in a few hundred steps that cost the last layer 3 % and bought the exits nothing.
+Wide enough that its weights do not fit a processor's cache: reading them is then what decoding costs, as on any
+larger model.
 """
 
 from lsjax.config import default_config
