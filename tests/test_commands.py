@@ -199,7 +199,7 @@ def test_train_runs_and_resumes(text_folder, tmp_path):
         "--config=configs/demo.py", f"--workdir={tmp_path}/w", f"--config.data.corpus={text_folder}",
         "--config.data.held_out_fraction=0.2", "--config.model.num_layers=2", "--config.model.width=32",
         "--config.model.vocab_size=300", "--config.model.feed_forward_width=64", "--config.training.total_steps=4",
-        "--config.training.warmup_steps=1", "--config.layerskip.exit_last=0",
+        "--config.training.warmup_steps=1",
     ]  # fmt: skip
     first = run("train.py", *overrides)
     assert first.returncode == 0, first.stderr
@@ -291,8 +291,7 @@ def test_bad_input_to_benchmark_kernels(name, tmp_path):
 
 
 def test_training_is_timed(tmp_path):
-    sizes = ["--config.model.num_layers=2", "--config.model.width=32", "--config.training.sequence_length=16"]
-    sizes.append("--config.layerskip.exit_last=0")
+    sizes = "--config.model.num_layers=2", "--config.model.width=32", "--config.training.sequence_length=16"
     report = tmp_path / "report.json"
     how = "--config=configs/demo.py", "--steps=2", "--warmup=1", f"--report={report}"
     result = run("benchmark_training.py", *how, *sizes)
