@@ -61,13 +61,13 @@ def benchmark(
         "prompts": len(prompts),
         "repeats": repeats,
         "bandwidth": read.summary(trials[0].bytes_per_round(), trials[0].seconds_per_pass()),
-        "runs": [
-            trial.summary(trials[0], greedy=sampling.temperature == 0)
-            | {"bytes_per_round": trial.bytes_per_round() if trial.strategy else None}
-            | _predicted(trial.strategy, tuning)
-            for trial in trials
-        ],
+        "runs": [_run_report(trial, trials[0], sampling.temperature == 0, tuning) for trial in trials],
     }
+
+
+def _run_report(trial: "Trial", reference: "Trial", greedy: bool, tuning: Tuning | None) -> dict[str, Any]:
+    read = {"bytes_per_round": trial.bytes_per_round() if trial.strategy else None}
+    return trial.summary(reference, greedy) | read | _predicted(trial.strategy, tuning)
 
 
 def _measure(trials: list["Trial"], read: PlainRead, repeats: int, prompts: int, note: Callable[[str], None]) -> None:

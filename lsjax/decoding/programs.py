@@ -73,12 +73,12 @@ def lower_decoding(
     prefill (weights, tokens [B, bucket], lengths [B], limit [], stop [n], rule) -> Decoding; decode (weights, Decoding,
     limit, stop, rule, Pause) -> Decoding, the state donated. `rule` may be of arrays or of their descriptions.
     """
-    begun, state, shardings = _trace_prefill(weights, config, strategy, shape, rule)
+    begun, state, shardings = _begun(weights, config, strategy, shape, rule)
     decode = functools.partial(_decode, config=config, strategy=strategy)
     int32, rule = _int32(weights), _described(rule, weights)
     arguments = (weights, state, int32(), int32(shape.stops), rule, Pause(int32(), int32()))
     loop = jax.jit(decode, donate_argnums=1, out_shardings=shardings).trace(*arguments)
-    return _lower(begun, platform), _lower(loop, platform)
+    return begun(platform), _lower(loop, platform)
 
 
 def lower_refill(
@@ -92,14 +92,14 @@ def lower_refill(
     """(prefill of one row, replace), where a row that is done makes room for another prompt. replace (Decoding, row [],
     Decoding of one row) -> Decoding, the first donated."""
     one = jax.eval_shape(lambda rule: rule.of_rows([0]), _described(rule, weights))
-    begun, new, _ = _trace_prefill(weights, config, strategy, shape._replace(rows=1), one)
-    _, state, shardings = _trace_prefill(weights, config, strategy, shape, rule)
+    begun, new, _ = _begun(weights, config, strategy, shape._replace(rows=1), one)
+    _, state, shardings = _begun(weights, config, strategy, shape, rule)
     replace = jax.jit(replace_row, donate_argnums=0, out_shardings=shardings).trace(state, _int32(weights)(), new)
-    return _lower(begun, platform), _lower(replace, platform)
+    return begun(platform), _lower(replace, platform)
 
 
-def _trace_prefill(weights, config, strategy, shape, rule):
-    """(the program, its Decoding described, with which shardings where there is a mesh)."""
+def _begun(weights, config, strategy, shape, rule):
+    """(what lowers prefill for a platform, its Decoding described, with which shardings where there is a mesh)."""
     int32, mesh = _int32(weights), mesh_of(weights["embed"])
     first_token = functools.partial(_first_token, config=config, strategy=strategy, shape=shape)
     rule = _described(rule, weights)
@@ -108,7 +108,8 @@ def _trace_prefill(weights, config, strategy, shape, rule):
     shardings = decoding_shardings(state, mesh) if mesh else None
     if shardings:
         state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
-    return jax.jit(first_token, out_shardings=shardings).trace(*inputs), state, shardings
+    prefill = jax.jit(first_token, out_shardings=shardings)
+    return lambda platform: _lower(prefill.trace(*inputs), platform), state, shardings
 
 
 def _int32(weights: Weights):

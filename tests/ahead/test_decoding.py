@@ -117,6 +117,22 @@ def test_with_prompt_lookup_the_caches_of_the_drafting_layers_alone_are_copied(t
     assert memory.alias_size_in_bytes >= 2 * L * cache_array(1)
 
 
+KERNELS = ("kv_write", "decode_attend", "decode_combine")  # the last on GPU alone
+
+
+def kernels_in_place(program: hlo.Program, memory, rows: int) -> tuple[dict[str, int], list[hlo.Instruction]]:
+    """(kernels in the loop by name, those that write), once it is seen that nothing else in it writes as much as a
+    cache or a weight, and that the caches are held once."""
+    work = [(c, i) for c, i in inside_loops(program, program.entry) if not i.opcode.endswith("-done")]
+    smallest = min(cache_array(rows), OUTPUT)
+    rest = [(c, i) for c, i in work if not is_kernel(i, "kv_write")]
+    assert not [(i.opcode, i.shape, i.operation) for c, i in rest if written(program, c, i) >= smallest]
+    caches = 2 * L * cache_array(rows)
+    assert caches <= memory.alias_size_in_bytes < caches + 2**20
+    counts = {name: sum(is_kernel(i, name) for _, i in work) for name in KERNELS}
+    return counts, [i for _, i in work if is_kernel(i, "kv_write")]
+
+
 def is_kernel(instruction: hlo.Instruction, name: str) -> bool:
     return instruction.opcode == "custom-call" and instruction.operation.endswith(f"{name}/pallas_call")
 
@@ -140,22 +156,15 @@ def passes(strategy) -> int:
 def test_a_loop_with_kernels_copies_no_weight_and_no_cache(topology, strategy, rows):
     """The cache is updated in place, by kernels alone, and held once: not even at the loop's ends is it moved."""
     program, memory = compiled(topology, strategy, rows, kernels="on")
-    work = [(c, i) for c, i in inside_loops(program, program.entry) if not i.opcode.endswith("-done")]
-    writes = [i for _, i in work if is_kernel(i, "kv_write")]
-    assert len(writes) == len([i for _, i in work if is_kernel(i, "decode_attend")]) == passes(strategy)
+    counts, writes = kernels_in_place(program, memory, rows)
+    assert counts["kv_write"] == counts["decode_attend"] == passes(strategy)
     assert all("output_to_operand_aliasing={{}: (2, {})}" in i.attributes for i in writes)
-    smallest = min(cache_array(rows), OUTPUT)
-    rest = [(c, i) for c, i in work if not is_kernel(i, "kv_write")]
-    assert not [(i.opcode, i.shape, i.operation) for c, i in rest if written(program, c, i) >= smallest]
-    caches = 2 * L * cache_array(rows)
-    assert caches <= memory.alias_size_in_bytes < caches + 2**20
     packed = f"bf16[{rows},32,{C},256]"
     makers = {i.opcode for c in program.computations.values() for i in c.values() if i.shape.startswith(packed)}
     assert makers <= {"parameter", "get-tuple-element", "bitcast", "custom-call"}
     assert memory.temp_size_in_bytes < 3 * activations(rows, strategy)
 
 
-GPU_KERNELS = ("kv_write", "decode_attend", "decode_combine")
 ON_GPU = [
     ("gpu:h100:1x1", lsjax.Autoregressive(), 1),
     ("gpu:h100:1x1", DRAFTING, 4),
@@ -167,22 +176,15 @@ ON_GPU = [
 def test_a_loop_with_gpu_kernels_copies_no_weight_and_no_cache(topology, strategy, rows):
     """Nor are, of a drafting loop, any caches brought into another layout, as in plain JAX."""
     program, memory = compiled(topology, strategy, rows, kernels="on")
-    work = [(c, i) for c, i in inside_loops(program, program.entry) if not i.opcode.endswith("-done")]
-    writes = [i for _, i in work if is_kernel(i, "kv_write")]
-    for name in GPU_KERNELS:
-        assert len([i for _, i in work if is_kernel(i, name)]) == passes(strategy)
+    counts, writes = kernels_in_place(program, memory, rows)
+    assert counts == dict.fromkeys(KERNELS, passes(strategy))
     assert all("output_to_operand_aliasing={{0}: (3, {}), {1}: (4, {})}" in i.attributes for i in writes)
-    smallest = min(cache_array(rows), OUTPUT)
-    rest = [(c, i) for c, i in work if not is_kernel(i, "kv_write")]
-    assert not [(i.opcode, i.shape, i.operation) for c, i in rest if written(program, c, i) >= smallest]
-    caches = 2 * L * cache_array(rows)
-    assert caches <= memory.alias_size_in_bytes < caches + 2**20
     one = f"bf16[{rows},32,{C},128]"
     makers = {i.opcode for c in program.computations.values() for i in c.values() if i.shape.startswith(one)}
     assert makers <= {"parameter", "get-tuple-element", "bitcast"}  # the kernels' results are pairs
     queries = math.prod(gpu_attend.tiles(1 + getattr(strategy, "num_speculations", 0), 1))
     partials = rows * 32 * (C // gpu_attend.SPLIT) * queries * (128 + 2) * 4
-    assert memory.temp_size_in_bytes < activations(rows, strategy) + partials < smallest
+    assert memory.temp_size_in_bytes < activations(rows, strategy) + partials < min(cache_array(rows), OUTPUT)
 
 
 @pytest.mark.parametrize("topology", ["gpu:h100:1x1", "gpu:a100-80:1x1"])
@@ -201,7 +203,7 @@ def test_a_loop_with_gpu_kernels_moves_fewer_bytes(topology, strategy, rows):
     plain, _ = compiled(topology, strategy, rows)
     rest, owners = memory_traffic(program), {id(i): c for c in program.computations.values() for i in c.values()}
     for instruction, times in program.runs():
-        if any(is_kernel(instruction, name) for name in GPU_KERNELS):
+        if any(is_kernel(instruction, name) for name in KERNELS):
             rest -= times * _moved(program, owners[id(instruction)], instruction)
     use = Use(rows, 32, 128, C, PROMPT + NEW // 2, 1, "bfloat16")
     drafts, early = getattr(strategy, "num_speculations", 0), getattr(strategy, "exit_layer", 0)
