@@ -232,6 +232,8 @@ def test_a_loop_with_kernels_moves_fewer_bytes():
         if is_kernel(instruction, "kv_write") or is_kernel(instruction, "decode_attend"):
             rest -= _moved(program, program.computations[computation], instruction)
     kernels = L * sum(tpu.bytes_moved(Use(rows, 32, 128, C, PROMPT + NEW // 2, tokens, "bfloat16")))
+    weights = L * (QKV + OUTPUT + GATE_UP + DOWN) + HEAD
+    assert weights < rest < 1.01 * weights
     caches = 2 * L * cache_array(rows)
     assert kernels < 0.8 * caches
     assert rest + caches < memory_traffic(plain)
