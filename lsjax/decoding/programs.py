@@ -132,7 +132,9 @@ def last_layer(config: ModelConfig, strategy: Strategy) -> int:
     return strategy.exit_layer if strategy.name == "early_exit" else config.num_layers
 
 
-def _first_token(weights, tokens, lengths, limit, stop, rule, *, config, strategy: Strategy, shape: DecodeShape, mesh):
+def _first_token(
+    weights, tokens, lengths, limit, stop, rule, *, config, strategy: Strategy, shape: DecodeShape, mesh=None
+):
     cache = init_cache(config, shape.rows, shape.capacity, weights["embed"].dtype, shape.kernels, mesh)
     logits, cache = prefill(weights, tokens, lengths, cache, config, range(last_layer(config, strategy)))
     first, _ = rule.choose(logits, jnp.zeros_like(lengths))
