@@ -43,8 +43,8 @@ def activations(rows: int, strategy) -> int:
 
 
 @functools.cache
-def compiled(topology: str, strategy, rows: int, in_int8: bool = False, kernels: str = "off"):
-    config = shallow(model={"num_layers": L}, mesh={"tensor": 1})
+def compiled(topology: str, strategy, rows: int, in_int8: bool = False, kernels: str = "off", ways: int = 1):
+    config = shallow(model={"num_layers": L}, mesh={"tensor": ways})
     c = config.model
     assert (c.width, c.num_kv_heads * c.head_width, c.feed_forward_width, c.vocab_size) == (D, D, F, V)
     _, loop = decode_programs(config, parse_topology(topology), strategy, rows, PROMPT, NEW, in_int8, kernels)
@@ -120,14 +120,16 @@ def test_with_prompt_lookup_the_caches_of_the_drafting_layers_alone_are_copied(t
 KERNELS = ("kv_write", "decode_attend", "decode_combine")  # the last on GPU alone
 
 
-def kernels_in_place(program: hlo.Program, memory, rows: int) -> tuple[dict[str, int], list[hlo.Instruction]]:
+def kernels_in_place(
+    program: hlo.Program, memory, rows: int, ways: int = 1
+) -> tuple[dict[str, int], list[hlo.Instruction]]:
     """(kernels in the loop by name, those that write), once it is seen that nothing else in it writes as much as a
-    cache or a weight, and that the caches are held once."""
+    device's part of a cache or a weight, and that the caches are held once."""
     work = [(c, i) for c, i in inside_loops(program, program.entry) if not i.opcode.endswith("-done")]
-    smallest = min(cache_array(rows), OUTPUT)
+    smallest = min(cache_array(rows), OUTPUT) // ways
     rest = [(c, i) for c, i in work if not is_kernel(i, "kv_write")]
     assert not [(i.opcode, i.shape, i.operation) for c, i in rest if written(program, c, i) >= smallest]
-    caches = 2 * L * cache_array(rows)
+    caches = 2 * L * cache_array(rows) // ways
     assert caches <= memory.alias_size_in_bytes < caches + 2**20
     counts = {name: sum(is_kernel(i, name) for _, i in work) for name in KERNELS}
     return counts, [i for _, i in work if is_kernel(i, "kv_write")]
@@ -230,6 +232,8 @@ def test_a_loop_with_kernels_moves_fewer_bytes():
         if is_kernel(instruction, "kv_write") or is_kernel(instruction, "decode_attend"):
             rest -= _moved(program, program.computations[computation], instruction)
     kernels = L * sum(tpu.bytes_moved(Use(rows, 32, 128, C, PROMPT + NEW // 2, tokens, "bfloat16")))
+    weights = L * (QKV + OUTPUT + GATE_UP + DOWN) + HEAD
+    assert weights < rest < 1.01 * weights
     caches = 2 * L * cache_array(rows)
     assert kernels < 0.8 * caches
     assert rest + caches < memory_traffic(plain)
