@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lsjax.checkpoint import latest_step, load_params, stored_dtypes
 from lsjax.config import MeshConfig, ModelConfig
 from lsjax.data.tokenizer import Tokenizer, load_tokenizer
-from lsjax.decoding.passes import Weights, decoder_weights
+from lsjax.decoding.passes import CACHES, Weights, decoder_weights
 from lsjax.errors import UserError
 from lsjax.files import read_json
 from lsjax.interop.gguf import is_gguf, open_gguf, read_gguf_config
@@ -34,6 +34,7 @@ class Model:
     path: str = ""
     step: int | None = None
     kernels: str = "auto"  # "on", "off": whether kernels write and read the KV cache in decoding
+    cache: str = "auto"  # "int8": what numbers the KV cache holds
 
     @functools.cached_property
     def decoder_weights(self) -> Weights:
@@ -88,22 +89,31 @@ def default_dtype() -> jnp.dtype:
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def load(path: str | Path, dtype: str | jnp.dtype | None = None, tensor: int = 1, kernels: str = "auto") -> Model:
+def load(
+    path: str | Path,
+    dtype: str | jnp.dtype | None = None,
+    tensor: int = 1,
+    kernels: str = "auto",
+    cache: str = "auto",
+) -> Model:
     """The model at a path: a training workdir (its latest checkpoint), a Hugging Face folder or a GGUF file.
 
     dtype: of the parameters; None is float32 on CPU and bfloat16 elsewhere, "stored" keeps what the files have.
     tensor: devices to split it over, by heads, feed-forward and vocabulary; each then computes its part of every
     token. kernels: whether Pallas kernels write and read the KV cache in decoding; "auto" is where they move fewer
-    bytes, and what they cannot do plain JAX does. Raises UserError that says what is missing, damaged or unknown, or
-    does not divide; a model is loaded whole or not at all.
+    bytes, and what they cannot do plain JAX does. cache: numbers of the KV cache; "auto" are those that are computed
+    with, "int8" are rounded, with a float32 scale for each entry and KV head: a little more than half the bytes of
+    bfloat16, and texts that may differ. Raises UserError that says what is missing, damaged or unknown, or does not
+    divide; a model is loaded whole or not at all.
     """
-    if kernels not in SETTINGS:
-        raise UserError(f"kernels is {kernels!r}; it must be one of {', '.join(SETTINGS)}")
+    for name, value, known in (("kernels", kernels, SETTINGS), ("cache", cache, CACHES)):
+        if value not in known:
+            raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
     source = open_model(path)
     dtype = source.stored_dtypes() if dtype == "stored" else jnp.dtype(dtype or default_dtype())
     abstract = abstract_params(source.config)
     params = source.load_params(abstract_like(abstract, dtype, _placement(abstract, tensor)))
-    return Model(source.config, params, source.tokenizer, str(path), source.step, kernels)
+    return Model(source.config, params, source.tokenizer, str(path), source.step, kernels, cache)
 
 
 def _placement(abstract: Params, tensor: int):

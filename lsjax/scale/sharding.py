@@ -107,10 +107,11 @@ def decoder_shardings(weights, mesh: Mesh):
 
 
 def decoding_shardings(state, mesh: Mesh):
-    """Shardings of the state of a decoding loop: caches [B,K,C,H] along their heads, the rest whole everywhere."""
+    """Shardings of the state of a decoding loop: caches [B,K,C,H], and scales [B,K,C], along their heads, the rest
+    whole everywhere."""
 
     def leaf_sharding(leaf):
-        return NamedSharding(mesh, spec(None, "kv_heads", None, None) if leaf.ndim == 4 else P())
+        return NamedSharding(mesh, spec(None, "kv_heads", *[None] * (leaf.ndim - 2)) if leaf.ndim > 2 else P())
 
     return jax.tree.map(leaf_sharding, state)
 

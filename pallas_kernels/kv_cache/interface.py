@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels.kv_cache import gpu, reference, tpu
+from pallas_kernels.kv_cache.int8 import Int8
 from pallas_kernels.kv_cache.reference import PLAIN, Use
 
 LayerCache = reference.LayerCache | tpu.PackedCache | gpu.GpuCache
@@ -52,7 +53,7 @@ def choose(setting: str, platform: str, use: Use) -> Kernels:
 def init_layer_cache(
     batch: int, num_kv_heads: int, capacity: int, head_width: int, dtype, kernels: str = PLAIN
 ) -> LayerCache:
-    """An empty cache of one layer for `kernels` (a name of KERNELS)."""
+    """An empty cache of one layer for `kernels` (a name of KERNELS), in a type of floating-point numbers or in int8."""
     return KERNELS[kernels].init_layer_cache(batch, num_kv_heads, capacity, head_width, dtype)
 
 
@@ -73,3 +74,8 @@ def attend(q: jax.Array, cache: LayerCache, positions: jax.Array) -> jax.Array:
     q [B, T, K, G, H] (G query heads per KV head), positions [B] -> [B, T, K, G, H]. Scores are float32.
     """
     return _BY_TYPE[type(cache)].attend(q, cache, positions)
+
+
+def as_read(cache: LayerCache, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """k, v [B, T, K, H] as `attend` will find them once they are written: in a cache in int8, rounded."""
+    return reference.rounded(k, v) if isinstance(cache[0], Int8) else (k, v)
