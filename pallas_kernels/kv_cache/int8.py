@@ -26,10 +26,11 @@ class Int8(NamedTuple):
 def quantize(x: jax.Array) -> Int8:
     """x [..., H] -> values [..., H], scale [...]: max|x| / 127. Rounded to the nearest, halves away from zero.
 
-    Where not all of x is finite, neither is the scale.
+    Where not all of x is finite, the scale is infinite and the values are 0: what reads such an entry gets no number.
     """
     x = x.astype(jnp.float32)
-    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), _SMALLEST)
+    # Not every backend's maximum lets NaN through.
+    largest = jnp.maximum(jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf), axis=-1), _SMALLEST)
     ratio = x * (_LARGEST / largest)[..., None]
     # Conversion cuts off. In a kernel for GPU there is no jnp.round.
     ratio = jnp.where(jnp.isfinite(ratio), ratio + jnp.where(ratio < 0, -0.5, 0.5), 0)
