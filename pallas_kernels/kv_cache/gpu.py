@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_cache import gpu_attend, gpu_write, reference, triton_backend
-from pallas_kernels.kv_cache.int8 import Int8
+from pallas_kernels.kv_cache.int8 import Int8, is_int8
 
 MAX_TOKENS = min(gpu_write.MAX_TOKENS, gpu_attend.MAX_TOKENS)
 _HEAD_WIDTHS = (32, 64, 128)  # powers of two, whose blocks fit into an A100's shared memory
@@ -52,8 +52,9 @@ def bytes_moved(use: reference.Use) -> tuple[int, int]:
 
 def extra_kernels(use: reference.Use) -> int:
     """How many more of them run for a layer, as compiled, than in plain JAX. That writes row by row, but rotates keys
-    on the way in, where kernels take queries, keys and values from arrays of their own."""
-    return max(0, 4 - 2 * use.rows)
+    on the way in, where kernels take queries, keys and values from arrays of their own; in int8 it rounds them first.
+    """
+    return 0 if is_int8(use.dtype) else max(0, 4 - 2 * use.rows)
 
 
 def fill(cache: GpuCache, k: jax.Array, v: jax.Array) -> GpuCache:

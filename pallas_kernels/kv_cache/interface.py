@@ -7,9 +7,10 @@ module with a type of its own and the functions of `tpu`, and a line below.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.kv_cache import gpu, reference, tpu
-from pallas_kernels.kv_cache.int8 import Int8
+from pallas_kernels.kv_cache.int8 import Int8, dequantize
 from pallas_kernels.kv_cache.reference import PLAIN, Use
 
 LayerCache = reference.LayerCache | tpu.PackedCache | gpu.GpuCache
@@ -74,6 +75,12 @@ def attend(q: jax.Array, cache: LayerCache, positions: jax.Array) -> jax.Array:
     q [B, T, K, G, H] (G query heads per KV head), positions [B] -> [B, T, K, G, H]. Scores are float32.
     """
     return _BY_TYPE[type(cache)].attend(q, cache, positions)
+
+
+def numbers(cache: LayerCache) -> tuple[jax.Array, jax.Array]:
+    """What it holds: keys and values [B, K, C, H], float32, C the capacity asked for or a larger one."""
+    sides = _BY_TYPE[type(cache)].apart(cache)
+    return tuple(dequantize(a, jnp.float32) if isinstance(a, Int8) else a.astype(jnp.float32) for a in sides)
 
 
 def as_read(cache: LayerCache, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:

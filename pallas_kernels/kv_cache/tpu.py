@@ -99,5 +99,5 @@ def _packed(k: jax.Array, v: jax.Array, cache: PackedCache) -> PackedCache:
     k, v = (new.swapaxes(1, 2) for new in (k, reference.finite(v)))
     if not isinstance(cache.kv, Int8):
         return PackedCache(jnp.concatenate([k, v], axis=3).astype(cache.kv.dtype))
-    (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
-    return PackedCache(Int8(jnp.concatenate([k, v], axis=3), jnp.stack([k_scale, v_scale], axis=2)))
+    values, scale = quantize(jnp.stack([k, v], axis=3))
+    return PackedCache(Int8(values.reshape(*k.shape[:3], -1), scale.swapaxes(2, 3)))

@@ -32,7 +32,10 @@ TEXT = np.random.default_rng(0).integers(1, 320, 13).astype(np.int32)
 
 @pytest.fixture(scope="module")
 def model(varied, varied_params):
-    return Model(varied, varied_params, NoTokenizer(), cache="int8")
+    """Of three layers: what these tests take is compiling."""
+    layers = jax.tree.map(lambda a: a[:3], varied_params["layers"])
+    config = dataclasses.replace(varied, num_layers=3)
+    return Model(config, varied_params | {"layers": layers}, NoTokenizer(), cache="int8")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def test_however_a_text_is_read_its_logits_are_those_over_rounded_entries(attent
     "strategy",
     [
         SelfSpeculative(1, 4),
-        SelfSpeculative(3, 1),
+        SelfSpeculative(3, 2),
         SelfSpeculative(2, 3, "int8"),
         SelfSpeculative(2, 3, lookup=5),
     ],
@@ -105,8 +108,8 @@ def test_self_speculation_gives_autoregressive_tokens(model, plain, strategy):
     assert all(row["accepted"] for row in found.stats)
 
 
-def test_rows_that_wait_and_pieces_of_a_stream_are_the_same(varied_params, varied):
-    model = Model(varied, varied_params, train_tokenizer(["some text"], 300), cache="int8")
+def test_rows_that_wait_and_pieces_of_a_stream_are_the_same(model):
+    model = dataclasses.replace(model, tokenizer=train_tokenizer(["some text"], 300))
     strategy, how = SelfSpeculative(2, 3), {"sampling": Sampling(0.8), "seed": 3}
     alone = lsjax.generate(model, PROMPTS, NEW, strategy, **how).tokens
     assert lsjax.generate(model, PROMPTS, NEW, strategy, batch_size=2, **how).tokens == alone
@@ -165,21 +168,21 @@ def test_the_report_names_it(model):
     assert [run["matches_autoregressive"] for run in report["runs"]] == [True] * 2
     assert decoding_table(report).title.endswith("weights in float32, KV cache in int8")
     assert sum("KV cache in int8" in note for note in notes) == 1
-    exact = benchmark(dataclasses.replace(model, cache="auto"), PROMPTS[:1], [], **how)
-    assert exact["cache"] == "float32"
-    assert exact["runs"][0]["bytes_per_round"] > report["runs"][0]["bytes_per_round"]
-    assert decoding_table(exact).title.endswith("weights in float32")
+    assert decoding_table(report | {"cache": "float32"}).title.endswith("weights in float32")
+    entries = DecodeProgram(model.config, EarlyExit(3), PromptBatch.make(model, PROMPTS[:1], 8)).capacity
+    by_hand = bytes_per_round(model.decoder_weights, model.config, EarlyExit(3), 1, entries, "int8")
+    assert report["runs"][0]["bytes_per_round"] == by_hand
 
 
 def test_the_state_holds_int8_and_scales_once(model):
-    """Of 3 rows, 2 KV heads, both sides and 4 layers: 8 numbers and a scale an entry, all of it donated."""
+    """Of 3 rows, 2 KV heads, both sides and 3 layers: 8 numbers and a scale an entry, all of it donated."""
     program = DecodeProgram(model.config, SelfSpeculative(2, 3), PromptBatch.make(model, PROMPTS, NEW))
 
     def aliased(cache):
         program.compile(model.decoder_weights, cache=cache)
         return program._programs.decode.memory_analysis().alias_size_in_bytes
 
-    assert aliased("auto") - aliased("int8") == 3 * 2 * 2 * 4 * program.capacity * (4 * 8 - 12)
+    assert aliased("auto") - aliased("int8") == 3 * 2 * 2 * 3 * program.capacity * (4 * 8 - 12)
 
 
 def test_an_unknown_cache_is_named(tmp_path):
