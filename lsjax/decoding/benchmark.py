@@ -49,7 +49,7 @@ def benchmark(
     if jax.default_backend() == "cpu" and (model.in_int8 or any(getattr(s, "draft_weights", None) for s in strategies)):
         note("int8 weights are for TPU and GPU: on CPU they are slower than float32, several times")
     if jax.default_backend() == "cpu" and model.cache == INT8:
-        note("a KV cache in int8 is for TPU and GPU: on CPU it takes less memory, but more time than one in float32")
+        note("a KV cache in int8 is for TPU and GPU: on CPU it is smaller, but written out in float32 for every pass")
     read = PlainRead(model.decoder_weights)
     _measure(trials, read, repeats, len(prompts), note)
     return {

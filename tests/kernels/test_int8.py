@@ -141,6 +141,22 @@ def test_every_residue_of_the_tiles_of_a_tpu(tokens):
     assert_same_bits(write("tpu", cache, k, v, positions), packed(written(cache, k, v, positions)))
 
 
+def test_windows_of_a_tpu_begin_at_tiles(monkeypatch):
+    """Which the simulation does not ask for, and the compiler takes on trust."""
+    starts = collections.defaultdict(set)
+
+    def checked(start, tile):
+        jax.debug.callback(lambda start: starts[tile].add(int(start)), start)
+        return start
+
+    monkeypatch.setattr(tpu_write.pl, "multiple_of", checked)
+    rng = np.random.default_rng(0)
+    cache, (k, v) = held(rng, 5, 1, 384, 64), (normal(rng, 5, 1, 1, 64) for _ in "kv")
+    write("tpu", cache, k, v, [0, 40, 130, 300, 383])
+    jax.effects_barrier()
+    assert starts == {32: {0, 32, 128, 288, 352}, 128: {0, 128, 256}}
+
+
 @pytest.mark.parametrize("platform", ["plain", "gpu", "tpu"])
 def test_a_position_past_the_capacity_is_the_last_one(platform):
     rng = np.random.default_rng(0)
