@@ -124,11 +124,11 @@ def test_prompts_in_chunks(monkeypatch, model, plain):
     _compiled.cache_clear()
 
 
-def test_split_over_devices(model, plain, tmp_path):
+def test_split_over_devices(model, tmp_path):
     write_huggingface(tmp_path, model.config, jax.device_get(model.params), train_tokenizer(["some text"], 300))
-    split = lsjax.load(tmp_path, tensor=2, cache="int8")
-    assert split.cache == "int8"
-    assert lsjax.generate(split, PROMPTS, NEW, SelfSpeculative(2, 3)).tokens == plain
+    alone, split = (lsjax.load(tmp_path, tensor=devices, cache="int8") for devices in (1, 2))
+    tokens = [lsjax.generate(model, PROMPTS, NEW, SelfSpeculative(2, 3)).tokens for model in (alone, split)]
+    assert tokens[0] == tokens[1]
     weights = split.decoder_weights
     layout = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
     shape = DecodeShape(rows=2, bucket=16, capacity=64, room=32, stops=1, cache="int8")
