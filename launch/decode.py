@@ -83,7 +83,7 @@ REPORT = flags.DEFINE_string("report", None, "Write the results to this JSON fil
 
 def main() -> None:
     from lsjax.files import check_writable, write_atomically
-    from lsjax.loading import load, quantize
+    from lsjax.loading import load
 
     if REPORT.value:
         check_writable(Path(REPORT.value), "--report")
@@ -91,8 +91,8 @@ def main() -> None:
         raise UserError("--draft_weights goes with neither --weights (its drafts are in int8 already) nor --sweep")
     if COMPARE.value and (WEIGHTS.value or CACHE.value == "int8"):
         raise UserError("--compare is of the same model: leave --weights and --cache away")
-    model = load(MODEL.value, tensor=TENSOR.value, kernels=KERNELS.value, cache=CACHE.value)
-    model = quantize(model) if WEIGHTS.value else model
+    held = {"for_decoding": True, "weights": WEIGHTS.value, "cache": CACHE.value}
+    model = load(MODEL.value, tensor=TENSOR.value, kernels=KERNELS.value, **held)
     report = _sweep(model) if SWEEP.value else _compare(model)
     if REPORT.value:
         write_atomically(Path(REPORT.value), json.dumps(report, indent=2))

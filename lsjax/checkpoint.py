@@ -65,7 +65,19 @@ class Checkpoints:
 
 def load_params(workdir: Path, abstract: Params) -> tuple[int, Params]:
     """(step, parameters) of the latest checkpoint in a workdir, without its optimizer."""
-    return _read_latest(workdir, lambda reader, step: reader.load_checkpointables(step, {"params": abstract})["params"])
+    return _read_latest(workdir, lambda reader, step: _params(reader, step, abstract))
+
+
+def _params(reader: ocp.training.Checkpointer, step: int, abstract: Any) -> Any:
+    return reader.load_checkpointables(step, {"params": abstract})["params"]
+
+
+def load_part(workdir: Path, step: int, abstract: Any) -> Any:
+    """Of that checkpoint the parameters that `abstract` names, as numpy arrays where it has these."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return _read(Path(workdir).absolute() / FOLDER, step, lambda reader, step: _params(reader, step, abstract))
 
 
 def stored_dtypes(workdir: Path) -> Params:
@@ -87,9 +99,13 @@ def save_model(folder: Path, params: Params) -> None:
 
 def _read_latest(workdir: Path, read: Callable[[ocp.training.Checkpointer, int], Any]) -> tuple[int, Any]:
     folder, step = _latest(workdir)
+    return step, _read(folder, step, read)
+
+
+def _read(folder: Path, step: int, read: Callable[[ocp.training.Checkpointer, int], Any]) -> Any:
     with ocp.training.Checkpointer(folder) as checkpointer:
         try:
-            return step, read(checkpointer, step)
+            return read(checkpointer, step)
         except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
             raise unreadable(folder, step, error) from error
 

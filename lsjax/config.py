@@ -51,6 +51,10 @@ class ModelConfig:
 class LayerSkipConfig:
     """The recipe (arXiv 2404.16710, section 4.1). The defaults are the paper's continual setting.
 
+    `dropout_granularity`: "sample" draws for each sequence (the paper) and masks; "subset" keeps as many sequences of
+    every device, drawn anew for each layer, and computes only these (after DINOv2's stochastic depth, arXiv
+    2304.07193), a device's sequences of a microbatch going by `dropout_groups` of equal size; "batch" draws once for
+    the whole batch, and skips.
     `exit_weight_floor`: least weight of an active exit, as a share of the last layer's (0 is the paper, where the
     first exits, the cheapest to draft with, weigh next to nothing).
     `exit_distillation`: beside the cross-entropy of each early exit, this much of its KL divergence from the last
@@ -65,6 +69,7 @@ class LayerSkipConfig:
     dropout_depth_schedule: str = "exponential"
     dropout_time_schedule: str = "constant"
     dropout_granularity: str = "sample"
+    dropout_groups: int = 4
     dropout_rescale: bool = False
     exit_scale: float = 0.2
     exit_curriculum: str = "rotational"
@@ -255,10 +260,10 @@ def _check_layerskip(s: LayerSkipConfig) -> None:
         s.dropout_time_schedule,
         ("constant", "exponential", "linear_decay"),
     )
-    _choice("config.layerskip.dropout_granularity", s.dropout_granularity, ("sample", "batch"))
+    _choice("config.layerskip.dropout_granularity", s.dropout_granularity, ("sample", "subset", "batch"))
     _choice("config.layerskip.exit_curriculum", s.exit_curriculum, ("none", "rotational", "gradual", "all"))
     _require(0 <= s.exit_scale <= 1, f"config.layerskip.exit_scale must be in [0, 1], got {s.exit_scale}")
-    _positive("layerskip", s, "exit_rotation", "exit_token_stride", "exit_first")
+    _positive("layerskip", s, "dropout_groups", "exit_rotation", "exit_token_stride", "exit_first")
     d, floor = s.exit_distillation, s.exit_weight_floor
     _require(d >= 0, f"config.layerskip.exit_distillation must not be negative, got {d}")
     _require(0 <= floor <= 1, f"config.layerskip.exit_weight_floor must be in [0, 1], got {floor}")

@@ -45,6 +45,7 @@ def recipes(num_layers: int) -> dict[str, Recipe]:
     distilled = {"exit_distillation": 3.0, "exit_weight_floor": 0.3}
     focused = {"exit_last": half, "exit_rotation": min(2, half)}
     light = {"exit_weight_floor": 0.1}
+    one = {"exit_first": half, "exit_last": half, "exit_rotation": 1, "exit_distillation": 10.0}
     skipped = {"dropout_granularity": "batch", "dropout_max_rate": 0.5} | successor
     both = dropout | exits
     listed = [
@@ -62,6 +63,7 @@ def recipes(num_layers: int) -> dict[str, Recipe]:
         Recipe("distilled", "weight floor and KL, no dropout", exits | distilled),
         Recipe("focused", "the same, on exits of the first half only", exits | distilled | focused),
         Recipe("focused-light", "and with a floor of 0.1", exits | distilled | focused | light),
+        Recipe("half-distilled", "one early exit, at half depth: floor 0.1, KL 10", exits | distilled | one | light),
         Recipe(
             "focused-skipping",
             "and whole layers skipped, for a batch at a time",

@@ -57,7 +57,7 @@ def benchmark(
         "weights": INT8 if model.in_int8 else str(model.decoder_weights["embed"].dtype),
         "cache": str(cache_dtype(model.decoder_weights, model.cache)),
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
-        "devices": len(model.params["embed"].sharding.device_set),
+        "devices": len(model.decoder_weights["embed"].sharding.device_set),
         "jax_version": jax.__version__,
         "max_new_tokens": max_new_tokens,
         "sampling": dataclasses.asdict(sampling) | {"seed": seed},

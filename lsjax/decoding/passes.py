@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from lsjax.config import ModelConfig
 from lsjax.model.attention import plain_attention
@@ -12,7 +13,7 @@ from lsjax.model.output_major import LeftOperand, OutputMajor, with_output_major
 from lsjax.model.quantized import cast
 from lsjax.model.rope import rotation
 from lsjax.model.transformer import Params, apply_layer, exit_logits
-from lsjax.scale.sharding import decoder_shardings, mesh_of
+from lsjax.scale.sharding import cache_sharding, decoder_shardings, mesh_of
 from pallas_kernels.kv_cache import interface as kv_cache
 
 Weights = dict[str, Any]
@@ -51,18 +52,27 @@ def cache_dtype(weights: Weights, cache: str) -> jnp.dtype:
 
 
 def init_cache(
-    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, kernels: str = kv_cache.PLAIN
+    config: ModelConfig,
+    batch: int,
+    capacity: int,
+    dtype: jnp.dtype,
+    kernels: str = kv_cache.PLAIN,
+    mesh: Mesh | None = None,
 ) -> Cache:
-    """An empty cache of `capacity` tokens a row, one LayerCache a layer, each its own array."""
-    return tuple(
-        kv_cache.init_layer_cache(batch, config.num_kv_heads, capacity, config.head_width, dtype, kernels)
-        for _ in range(config.num_layers)
-    )
+    """An empty cache of `capacity` tokens a row, one LayerCache a layer, each its own array; for a model that is split
+    over `mesh`, where there is one."""
+    sizes = batch, config.num_kv_heads, capacity, config.head_width
+    sharding = cache_sharding(mesh) if mesh else None
+    return tuple(kv_cache.init_layer_cache(*sizes, dtype, kernels, sharding) for _ in range(config.num_layers))
 
 
 def embed(weights: Weights, tokens: jax.Array) -> jax.Array:
     """tokens [B, T] -> [B, T, D]."""
-    return weights["embed"][tokens]
+    table = weights["embed"]
+    if tokens.size == 1 and jax.typeof(table).sharding.mesh.size > 1:
+        # A lone row is a slice to XLA:GPU, for which each device would gather all of a table that is split by rows.
+        return table[jnp.repeat(tokens, 2, axis=1)][:, :1]
+    return table[tokens]
 
 
 def run_layers(

@@ -12,7 +12,7 @@ from lsjax.decoding.loops import NEVER, Decoding, Pause, autoregressive_loop, be
 from lsjax.decoding.passes import Weights, cache_dtype, init_cache, prefill
 from lsjax.decoding.rules import Greedy, Rule
 from lsjax.decoding.strategies import AUTO, SelfSpeculative, Strategy, lookahead, most_drafts
-from lsjax.scale.sharding import decoding_shardings, mesh_of, replicated_like
+from lsjax.scale.sharding import decoding_shardings, head_ways, mesh_of, replicated_like
 from pallas_kernels.kv_cache import interface as kv_cache
 
 
@@ -57,6 +57,7 @@ def cache_use(weights: Weights, config: ModelConfig, strategy: Strategy, shape: 
         dtype=cache_dtype(weights, shape.cache),
         devices=mesh.size if mesh else 1,
         group=config.num_heads // config.num_kv_heads,
+        parts=head_ways(mesh) if mesh else 1,
     )
 
 
@@ -102,7 +103,7 @@ def lower_refill(
 def _begun(weights, config, strategy, shape, rule):
     """(what lowers prefill for a platform, its Decoding described, with which shardings where there is a mesh)."""
     int32, mesh = _int32(weights), mesh_of(weights["embed"])
-    first_token = functools.partial(_first_token, config=config, strategy=strategy, shape=shape)
+    first_token = functools.partial(_first_token, config=config, strategy=strategy, shape=shape, mesh=mesh)
     rule = _described(rule, weights)
     inputs = (weights, int32(shape.rows, shape.bucket), int32(shape.rows), int32(), int32(shape.stops), rule)
     state = jax.eval_shape(first_token, *inputs)
@@ -132,9 +133,11 @@ def last_layer(config: ModelConfig, strategy: Strategy) -> int:
     return strategy.exit_layer if strategy.name == "early_exit" else config.num_layers
 
 
-def _first_token(weights, tokens, lengths, limit, stop, rule, *, config, strategy: Strategy, shape: DecodeShape):
+def _first_token(
+    weights, tokens, lengths, limit, stop, rule, *, config, strategy: Strategy, shape: DecodeShape, mesh=None
+):
     dtype = cache_dtype(weights, shape.cache)
-    cache = init_cache(config, shape.rows, shape.capacity, dtype, shape.kernels)
+    cache = init_cache(config, shape.rows, shape.capacity, dtype, shape.kernels, mesh)
     logits, cache = prefill(weights, tokens, lengths, cache, config, range(last_layer(config, strategy)))
     first, _ = rule.choose(logits, jnp.zeros_like(lengths))
     prompts = tokens if getattr(strategy, "lookup", 0) else None

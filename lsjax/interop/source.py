@@ -1,6 +1,8 @@
 """A model that is still in its files: what it is, and how to bring its parameters in."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Protocol
 
 import jax
@@ -8,7 +10,7 @@ import jax
 from lsjax.config import ModelConfig
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.errors import UserError
-from lsjax.interop.tensors import Tensors, check_tensors, place_params, stored_dtypes
+from lsjax.interop.tensors import Tensors, check_tensors, place_layers, place_params, stored_dtypes
 from lsjax.model.transformer import Params
 
 
@@ -21,6 +23,12 @@ class ModelSource(Protocol):
 
     def load_params(self, abstract: Params) -> Params:
         """Parameters laid out as `abstract` says: shape, dtype and sharding of each."""
+
+    def load_rest(self, abstract: Params) -> Params:
+        """The same of parameters that belong to no layer."""
+
+    def load_layers(self, name: str, abstract: jax.ShapeDtypeStruct) -> Iterator[jax.Array]:
+        """The parameter `name` (layers/attention/qkv) of one layer after the other, each as `abstract` says."""
 
     def stored_dtypes(self) -> Params:
         """The dtype that each parameter is stored in, as a tree of parameters."""
@@ -41,8 +49,19 @@ class FileSource:
         check_vocabulary(self.tokenizer, self.config, self.where)
 
     def load_params(self, abstract: Params) -> Params:
-        try:
+        with self._reading():
             return place_params(self.tensors, self.config, abstract)
+
+    load_rest = load_params
+
+    def load_layers(self, name: str, abstract: jax.ShapeDtypeStruct) -> Iterator[jax.Array]:
+        with self._reading():
+            yield from place_layers(self.tensors, self.config, name, abstract)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(f"{self.where} cannot be read: {error}") from None
 

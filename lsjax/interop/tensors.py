@@ -68,6 +68,18 @@ def place_params(tensors: Tensors, config: ModelConfig, abstract: Params) -> Par
     return jax.tree_util.tree_map_with_path(place, abstract)
 
 
+def place_layers(
+    tensors: Tensors, config: ModelConfig, name: str, abstract: jax.ShapeDtypeStruct
+) -> Iterator[jax.Array]:
+    """The parameter `name` of one layer after the other, each read when it is asked for."""
+    for layer in range(config.num_layers):
+        pieces = tuple(
+            piece._replace(tensor=piece.tensor.format(layer=layer)) for piece in parameter_pieces(config)[name]
+        )
+        fill = functools.partial(_fill, leaf=abstract, pieces=pieces, tensors=tensors)
+        yield jax.make_array_from_callback(abstract.shape, abstract.sharding, fill, dtype=abstract.dtype)
+
+
 def abstract_params(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(jax.random.key(0), config))
 

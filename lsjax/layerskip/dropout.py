@@ -39,15 +39,42 @@ def layer_dropout_rates(
 
 
 def draw_layer_mask(
-    key: jax.Array, rates: jax.Array, batch_size: int, granularity: str = "sample", rescale: bool = False
+    key: jax.Array,
+    rates: jax.Array,
+    batch_size: int,
+    granularity: str = "sample",
+    rescale: bool = False,
+    devices: int = 1,
+    groups: int = 1,
 ) -> jax.Array:
     """M(p) of Eq. 1 as an explicit array: 0 skips, else 1 (or 1/(1-p) when rescaling, arXiv 2609.05275).
 
-    rates [L]. granularity "sample" gives [L, B], each sequence on its own; "batch" gives [L], one draw for the
-    whole batch, whose compute is then really skipped.
+    rates [L]. granularity "sample" gives [L, B], each sequence on its own; "subset" too, but as many of each of
+    `devices` equal parts of the batch, whole ones of its `groups`; "batch" gives [L], one draw for the whole batch. The
+    latter two let compute really be skipped.
     """
-    shape = (rates.shape[0], batch_size) if granularity == "sample" else rates.shape
-    rates = rates.reshape(rates.shape + (1,) * (len(shape) - 1))
-    keep = jax.random.uniform(key, shape) >= rates
+    if granularity == "subset":
+        keep = _draw_subset(key, rates, (devices, batch_size // devices), groups).reshape(-1, batch_size)
+    else:
+        shape = (rates.shape[0], batch_size) if granularity == "sample" else rates.shape
+        keep = jax.random.uniform(key, shape) >= rates.reshape(rates.shape + (1,) * (len(shape) - 1))
+    rates = rates.reshape(rates.shape + (1,) * (keep.ndim - 1))
     scale = 1.0 / (1.0 - rates) if rescale else jnp.ones_like(rates)
     return jnp.where(keep, scale, 0.0)
+
+
+def subset_pieces(max_rate: float, rows: int, groups: int) -> tuple[int, ...]:
+    """The rows of a device in the pieces that "subset" runs: all groups that no rate up to max_rate drops, then one by
+    one those that it may."""
+    always = int((1.0 - max_rate) * groups + 1e-6)
+    return (always * (rows // groups), *[rows // groups] * (groups - always))
+
+
+def _draw_subset(key: jax.Array, rates: jax.Array, shape: tuple[int, int], groups: int) -> jax.Array:
+    """bool [L, devices, rows], shape = (devices, rows): of every device as many, at random; each row is kept with
+    probability 1 - p."""
+    count_key, order_key = jax.random.split(key)
+    # Rounded up or down at random, so that the mean is that of rows drawn on their own.
+    kept = jnp.floor((1.0 - rates) * groups + jax.random.uniform(count_key, rates.shape))
+    order = jnp.argsort(jax.random.uniform(order_key, rates.shape + shape), axis=-1)
+    return order < (shape[1] // groups * kept)[:, None, None]

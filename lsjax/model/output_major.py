@@ -59,17 +59,27 @@ def outputs_first(weight: jax.Array, input_axes: int, stacked: bool = False) -> 
     return weight.reshape(*weight.shape[:-input_axes], math.prod(weight.shape[-input_axes:]))
 
 
-def with_output_major(
-    weights: dict[str, Any], layout: Callable[[jax.Array], OutputMajor | LeftOperand]
-) -> dict[str, Any]:
-    """Decoder weights with those of every layer and the head in this order. A tied embedding lies in it already; what
-    has a layout of its own keeps it."""
+def inputs_first(kernel: jax.Array, shape: tuple[int, ...], input_axes: int) -> jax.Array:
+    """[outputs..., inputs] -> [inputs..., outputs...] of that shape, as `outputs_first` found it."""
+    kernel = kernel.reshape(*shape[input_axes:], *shape[:input_axes])
+    return jnp.moveaxis(kernel, range(-input_axes, 0), range(input_axes))
+
+
+def laid_out(layers: Any, layout: Callable[[jax.Array], OutputMajor | LeftOperand]) -> Any:
+    """Layers with their weights in this order; what has a layout of its own keeps it."""
 
     def change(path, leaf):
         plain = isinstance(path[-1], jax.tree_util.DictKey) and path[-1].key in INPUT_AXES
         return layout(outputs_first(leaf, INPUT_AXES[path[-1].key])) if plain else leaf
 
-    weights = weights | {"layers": jax.tree_util.tree_map_with_path(change, weights["layers"])}
+    return jax.tree_util.tree_map_with_path(change, layers)
+
+
+def with_output_major(
+    weights: dict[str, Any], layout: Callable[[jax.Array], OutputMajor | LeftOperand]
+) -> dict[str, Any]:
+    """Decoder weights with those of every layer and the head in this order. A tied embedding lies in it already."""
+    weights = weights | {"layers": laid_out(weights["layers"], layout)}
     head = weights.get("lm_head")
     if head is None:
         return weights | {"lm_head": layout(weights["embed"])} if layout is LeftOperand else weights

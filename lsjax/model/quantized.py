@@ -45,14 +45,19 @@ def quantize_weight(weight: jax.Array, input_axes: int, stacked: bool = False) -
 def quantize_params(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters with the four weights of every layer and the head in int8. Of a tied embedding the head is a copy:
     rows are looked up as they were."""
+    head = params["lm_head"] if "lm_head" in params else params["embed"].T
+    layers = quantize_layers(params["layers"], stacked=True)
+    return params | {"layers": layers, "lm_head": quantize_weight(head, input_axes=1)}
+
+
+def quantize_layers(layers: Any, stacked: bool = False) -> Any:
+    """Layers with their four weights in int8; stacked: with an axis L before."""
 
     def quantized(path, leaf):
         name = path[-1].key
-        return quantize_weight(leaf, INPUT_AXES[name], stacked=True) if name in INPUT_AXES else leaf
+        return quantize_weight(leaf, INPUT_AXES[name], stacked) if name in INPUT_AXES else leaf
 
-    head = params["lm_head"] if "lm_head" in params else params["embed"].T
-    layers = jax.tree_util.tree_map_with_path(quantized, params["layers"])
-    return params | {"layers": layers, "lm_head": quantize_weight(head, input_axes=1)}
+    return jax.tree_util.tree_map_with_path(quantized, layers)
 
 
 def cast(params: Any, dtype: jnp.dtype) -> Any:

@@ -3,6 +3,7 @@
 {embed [V,D], layers: {...: [L, ...]}, final_norm: {scale [D]}, lm_head [D,V] unless tied}
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from lsjax.model.layers import DecoderLayer, RMSNorm
 from lsjax.model.matmul import matmul
 from lsjax.model.rematerialize import rematerialized
 from lsjax.model.rope import rotation
+from lsjax.model.subset import subset_update
 from lsjax.scale.sharding import constrain, whole_along_width
 
 Params = dict[str, Any]
@@ -86,10 +88,11 @@ def scan_layers(
     attention: AttentionFunction = plain_attention,
     rematerialize: str = "none",
     unroll: int = 1,
+    pieces: tuple[int, ...] | None = None,
 ) -> tuple[jax.Array, Any]:
     """Runs all layers and reads something off each one's input, without keeping the inputs.
 
-    tokens [B,S]; layer_mask: see `masked_update`; positions and segment_ids [B,S] for packed documents
+    tokens [B,S]; layer_mask and pieces: see `masked_update`; positions and segment_ids [B,S] for packed documents
     (default: one document a row); per_layer: a tree of [L, ...] arrays; read(x_l, per_layer[l]) -> anything;
     rematerialize: what the backward pass recomputes of a layer (lsjax/model/rematerialize.py). Inputs are what a scan
     keeps anyway: of an output, the last product of its layer would have to be computed again for `read`.
@@ -101,14 +104,16 @@ def scan_layers(
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
     cos_sin = rotation(positions, config)
 
-    def update(layer, x):
+    def update(layer, x, per_row):
+        cos_sin, segment_ids = per_row
         attend = lambda q, k, v: (attention(q, k, v, segment_ids), None)  # noqa: E731
         return DecoderLayer(config).apply({"params": layer}, x, cos_sin, attend)[0]
 
     def body(x, layer_inputs):
         layer, keep, extra = layer_inputs
         seen = read(x, extra)
-        return constrain(masked_update(lambda y: update(layer, y), x, keep), "batch", None, None), seen
+        x = masked_update(functools.partial(update, layer), x, (cos_sin, segment_ids), keep, pieces)
+        return constrain(x, "batch", None, None), seen
 
     body = rematerialized(body, rematerialize)
     # Rows are looked up in a table that is whole along D: split along it, the compiler would replicate the result.
@@ -116,15 +121,24 @@ def scan_layers(
     return jax.lax.scan(body, x, (params["layers"], layer_mask, per_layer), unroll=unroll)
 
 
-def masked_update(update: Callable[[jax.Array], jax.Array], x: jax.Array, keep: jax.Array | None) -> jax.Array:
-    """x + M f(x) (Eq. 1). keep: None runs the layer; a scalar of 0 skips its compute; [B] masks each sample."""
+def masked_update(
+    update: Callable[[jax.Array, Any], jax.Array],
+    x: jax.Array,
+    per_row: Any,
+    keep: jax.Array | None,
+    pieces: tuple[int, ...] | None = None,
+) -> jax.Array:
+    """x + M f(x) (Eq. 1), with f = update(x, per_row). keep: None runs the layer; a scalar of 0 skips its compute; [B]
+    masks each sample, and with `pieces` skips compute of those at 0 (lsjax/model/subset.py)."""
     if keep is None:
-        return x + update(x)
+        return x + update(x, per_row)
     keep = keep.astype(x.dtype)
     if keep.ndim == 0:
         with jax.named_scope(LAYER_BRANCH):
-            return jax.lax.cond(keep != 0, lambda y: y + keep * update(y), lambda y: y, x)
-    return x + keep[:, None, None] * update(x)
+            return jax.lax.cond(keep != 0, lambda y: y + keep * update(y, per_row), lambda y: y, x)
+    if pieces:
+        return x + subset_update(update, x, per_row, keep, pieces)
+    return x + keep[:, None, None] * update(x, per_row)
 
 
 def forward(params: Params, tokens: jax.Array, config: ModelConfig, layer_mask: jax.Array | None = None) -> jax.Array:

@@ -24,7 +24,7 @@ from lsjax.scale.compile_only import compile_only_devices
 from lsjax.scale.flops import evaluation_flops, forward_flops, round_flops, step_flops
 from lsjax.scale.hardware import Topology
 from lsjax.scale.sharding import batch_sharding, check_batch, decoder_shardings, make_mesh
-from lsjax.training.step import init_state, make_train_step, microbatch_residuals, state_shardings
+from lsjax.training.step import check_microbatch, init_state, make_train_step, microbatch_residuals, state_shardings
 
 
 class Ahead(NamedTuple):
@@ -60,7 +60,7 @@ def train_mesh(config: Config, topology: Topology) -> Mesh:
 def train_program(config: Config, topology: Topology) -> Ahead:
     """The step of launch/train.py. Raises UserError when mesh or batch do not divide."""
     mesh, t = train_mesh(config, topology), config.training
-    check_batch(t.batch_size // t.gradient_accumulation, mesh, "a microbatch")
+    check_microbatch(config, mesh)
     shardings = state_shardings(config, mesh)
     state = abstract_arrays(jax.eval_shape(lambda: init_state(config)), shardings)
     batch = _abstract_batch(config, mesh)

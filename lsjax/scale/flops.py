@@ -109,9 +109,9 @@ def _recomputed_layers(config: Config, forward: TokenFlops) -> float:
 
 
 def skipped_share(config: Config) -> float:
-    """Mean over layers and steps of the layers whose compute is left out: only whole batches skip."""
+    """Mean over layers and steps of the layers whose compute is left out; a mask for each sample alone saves none."""
     s = config.layerskip
-    if s.dropout_granularity != "batch" or not s.dropout_max_rate:
+    if s.dropout_granularity == "sample" or not s.dropout_max_rate:
         return 0.0
     return float(np.mean([_dropout_rates(config, step) for step in _sampled_steps(config)]))
 

@@ -107,13 +107,20 @@ def decoder_shardings(weights, mesh: Mesh):
 
 
 def decoding_shardings(state, mesh: Mesh):
-    """Shardings of the state of a decoding loop: caches [B,K,C,H], and scales [B,K,C], along their heads, the rest
-    whole everywhere."""
+    """Shardings of the state of a decoding loop: its caches along their heads, the rest whole everywhere."""
+    heads, whole = cache_sharding(mesh), NamedSharding(mesh, P())
+    rest = jax.tree.map(lambda _: whole, state._replace(cache=()))
+    return rest._replace(cache=jax.tree.map(lambda _: heads, state.cache))
 
-    def leaf_sharding(leaf):
-        return NamedSharding(mesh, spec(None, "kv_heads", *[None] * (leaf.ndim - 2)) if leaf.ndim > 2 else P())
 
-    return jax.tree.map(leaf_sharding, state)
+def cache_sharding(mesh: Mesh) -> NamedSharding:
+    """Of every array [B, K, ...] of a KV cache."""
+    return NamedSharding(mesh, spec(None, "kv_heads"))
+
+
+def head_ways(mesh: Mesh) -> int:
+    """Into how many parts KV heads are split."""
+    return mesh.shape[RULES["kv_heads"]]
 
 
 def mesh_of(array) -> Mesh | None:

@@ -40,6 +40,9 @@ def _moved(program: hlo.Program, computation: hlo.Computation, instruction: hlo.
         return 2 * written
     if instruction.opcode == "dynamic-update-slice":
         return 2 * _bytes(shapes[1])
+    if instruction.opcode == "slice-start":  # ((operand), slice, ...)
+        part = hlo.top_level(instruction.shape)[1]
+        return _bytes(part) + (hlo.size(part) if _bytes(shapes[0]) else 0)
     if instruction.opcode.endswith("-start"):  # its shape holds the operands beside the result
         return written
     return written + sum(map(_bytes, shapes))

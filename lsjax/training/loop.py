@@ -26,12 +26,12 @@ from lsjax.model.transformer import count_params
 from lsjax.scale import hosts
 from lsjax.scale.flops import utilization
 from lsjax.scale.hardware import chip_of
-from lsjax.scale.sharding import batch_sharding, check_batch, make_mesh
+from lsjax.scale.sharding import batch_sharding, make_mesh
 from lsjax.training import workdir as workdirs
 from lsjax.training.metrics import NoLog, RunLog, active_exit_losses, describe_evaluation, describe_step
 from lsjax.training.optimizer import make_optimizer
 from lsjax.training.progress import ProgressDisplay
-from lsjax.training.step import StepMetrics, TrainState, init_state, make_train_step, state_shardings
+from lsjax.training.step import StepMetrics, TrainState, check_microbatch, init_state, make_train_step, state_shardings
 from lsjax.training.trace import StepTrace
 
 
@@ -55,7 +55,7 @@ def train(config: Config, workdir: str | Path, *, verbose: bool = True, profile_
     workdir = Path(workdir)
     hosts.check_same(config.to_dict(), "config")
     mesh = make_mesh(config.mesh)
-    check_batch(config.training.batch_size // config.training.gradient_accumulation, mesh, "a microbatch")
+    check_microbatch(config, mesh)
     hosts.leader_first(lambda: workdirs.check_free(workdir, config))
     shardings = state_shardings(config, mesh)
 

@@ -11,12 +11,13 @@ from jax.sharding import PartitionSpec as P
 
 from lsjax.config import Config, LayerSkipConfig
 from lsjax.data.batch import Batch
-from lsjax.layerskip.dropout import draw_layer_mask, layer_dropout_rates
+from lsjax.errors import UserError
+from lsjax.layerskip.dropout import draw_layer_mask, layer_dropout_rates, subset_pieces
 from lsjax.layerskip.exits import exit_curriculum, exit_weights
 from lsjax.layerskip.loss import multi_exit_loss
 from lsjax.model.execution import COMPILER_OPTIONS, Execution, choose_execution
 from lsjax.model.transformer import Params, head_matrix, init_params
-from lsjax.scale.sharding import batch_sharding, tree_shardings
+from lsjax.scale.sharding import batch_sharding, batch_ways, check_batch, tree_shardings
 from lsjax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
 
 
@@ -67,6 +68,18 @@ def init_state(config: Config) -> TrainState:
 
 def state_shardings(config: Config, mesh: Mesh) -> TrainState:
     return tree_shardings(jax.eval_shape(lambda: init_state(config)), mesh)
+
+
+def check_microbatch(config: Config, mesh: Mesh) -> None:
+    """Raises UserError where a microbatch does not divide over the devices, or over the rows run together."""
+    t, s = config.training, config.layerskip
+    check_batch(t.batch_size // t.gradient_accumulation, mesh, "a microbatch")
+    rows = t.batch_size // t.gradient_accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
+    if s.dropout_granularity == "subset" and rows % s.dropout_groups:
+        raise UserError(
+            f"config.layerskip.dropout_groups ({s.dropout_groups}) must divide the {rows} sequence(s) of a microbatch "
+            "that a device has"
+        )
 
 
 def make_train_step(config: Config, mesh: Mesh):
@@ -144,7 +157,16 @@ def layer_mask_at(step: jax.Array | int, part: jax.Array | int, recipe: Recipe, 
         return None
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(t.seed + 1), step), part)
     rows = t.batch_size // t.gradient_accumulation
-    return draw_layer_mask(key, recipe.dropout_rates, rows, s.dropout_granularity, s.dropout_rescale)
+    how = s.dropout_granularity, s.dropout_rescale, batch_ways(), s.dropout_groups
+    return draw_layer_mask(key, recipe.dropout_rates, rows, *how)
+
+
+def _pieces(config: Config) -> tuple[int, ...] | None:
+    """In what pieces a device runs the sequences that a layer keeps; None: all at once."""
+    t, s = config.training, config.layerskip
+    if s.dropout_granularity != "subset" or not s.dropout_max_rate:
+        return None
+    return subset_pieces(s.dropout_max_rate, t.batch_size // t.gradient_accumulation // batch_ways(), s.dropout_groups)
 
 
 def _loss_sum(
@@ -176,6 +198,7 @@ def _loss_sum(
         attention=execution.attention.attend,
         rematerialize=t.rematerialize,
         unroll=t.scan_unroll,
+        pieces=_pieces(config),
     )
 
 

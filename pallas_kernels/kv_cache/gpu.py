@@ -34,8 +34,6 @@ def why_not(use: reference.Use) -> str | None:
     tokens, heads = gpu_attend.tiles(use.tokens, use.group)
     if tokens * heads > gpu_attend.MAX_QUERIES:
         return f"no GPU kernels for {use.tokens} tokens of {use.group} query heads a KV head"
-    if use.devices > 1:
-        return f"no GPU kernels for a cache split over {use.devices} devices"
     return triton_backend.why_not()
 
 

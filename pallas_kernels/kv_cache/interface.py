@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
-from pallas_kernels.kv_cache import gpu, reference, tpu
+from pallas_kernels.kv_cache import gpu, reference, split, tpu
 from pallas_kernels.kv_cache.int8 import Int8, dequantize
 from pallas_kernels.kv_cache.reference import PLAIN, Use
 
-LayerCache = reference.LayerCache | tpu.PackedCache | gpu.GpuCache
+LayerCache = reference.LayerCache | tpu.PackedCache | gpu.GpuCache | split.SplitCache
 
 KERNELS = {PLAIN: reference, "tpu": tpu, "gpu": gpu}  # the latter by platform
 SETTINGS = ("auto", "on", "off")
@@ -41,7 +42,7 @@ def choose(setting: str, platform: str, use: Use) -> Kernels:
     kernels = KERNELS.get(platform)
     if kernels is None:
         return Kernels(PLAIN, f"no kernels for {platform}")
-    reason = kernels.why_not(use)
+    reason = split.why_not(use) or kernels.why_not(use := split.of_one_device(use))
     if reason:
         return Kernels(PLAIN, reason)
     moved, more, plain = sum(kernels.bytes_moved(use)), kernels.extra_kernels(use), sum(reference.bytes_moved(use))
@@ -52,20 +53,32 @@ def choose(setting: str, platform: str, use: Use) -> Kernels:
 
 
 def init_layer_cache(
-    batch: int, num_kv_heads: int, capacity: int, head_width: int, dtype, kernels: str = PLAIN
+    batch: int,
+    num_kv_heads: int,
+    capacity: int,
+    head_width: int,
+    dtype,
+    kernels: str = PLAIN,
+    sharding: NamedSharding | None = None,
 ) -> LayerCache:
-    """An empty cache of one layer for `kernels` (a name of KERNELS), in a type of floating-point numbers or in int8."""
-    return KERNELS[kernels].init_layer_cache(batch, num_kv_heads, capacity, head_width, dtype)
+    """An empty cache of one layer for `kernels` (a name of KERNELS), in a type of floating-point numbers or in int8;
+    sharding, of P(None, mesh axis): where its heads are split over a mesh."""
+    cache = KERNELS[kernels].init_layer_cache(batch, num_kv_heads, capacity, head_width, dtype)
+    return cache if sharding is None or kernels == PLAIN else split.SplitCache(cache, sharding)
 
 
 def fill(cache: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
     """Puts k, v [B, T, K, H] at the entries 0 .. T - 1 of every row: whole prompts, into a new cache."""
+    if isinstance(cache, split.SplitCache):
+        return split.store(fill, cache, k, v)
     return _BY_TYPE[type(cache)].fill(cache, k, v)
 
 
 def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> LayerCache:
     """Puts k, v [B, T, K, H] at positions[b] .. positions[b] + T - 1 of row b, in place where the cache is donated; a
     value that is not finite, as 0."""
+    if isinstance(cache, split.SplitCache):
+        return split.store(write, cache, k, v, positions)
     return _BY_TYPE[type(cache)].write(cache, k, v, positions)
 
 
@@ -74,6 +87,8 @@ def attend(q: jax.Array, cache: LayerCache, positions: jax.Array) -> jax.Array:
 
     q [B, T, K, G, H] (G query heads per KV head), positions [B] -> [B, T, K, G, H]. Scores are float32.
     """
+    if isinstance(cache, split.SplitCache):
+        return split.attend(attend, q, cache, positions)
     return _BY_TYPE[type(cache)].attend(q, cache, positions)
 
 
@@ -85,4 +100,5 @@ def numbers(cache: LayerCache) -> tuple[jax.Array, jax.Array]:
 
 def as_read(cache: LayerCache, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """k, v [B, T, K, H] as `attend` will find them once they are written: in a cache in int8, rounded."""
-    return reference.rounded(k, v) if isinstance(cache[0], Int8) else (k, v)
+    held = cache.cache if isinstance(cache, split.SplitCache) else cache
+    return reference.rounded(k, v) if isinstance(held[0], Int8) else (k, v)

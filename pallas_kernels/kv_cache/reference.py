@@ -27,8 +27,8 @@ class LayerCache(NamedTuple):
 
 class Use(NamedTuple):
     """What a decoding loop asks of a layer's cache: B rows, K heads of width H, room for C entries of which so many are
-    full on average, the most tokens of a pass, the number type of the cache, how many devices it is split over, and how
-    many query heads a KV head has."""
+    full on average, the most tokens of a pass, the number type of the cache, how many devices hold it, how many query
+    heads a KV head has, and in how many parts its KV heads are split over the devices."""
 
     rows: int
     num_kv_heads: int
@@ -39,6 +39,7 @@ class Use(NamedTuple):
     dtype: jnp.dtype
     devices: int = 1
     group: int = 1
+    parts: int = 1
 
     def bytes_of(self, entries: int) -> int:
         """Keys and values of so many entries of every row, their scales included."""

@@ -41,8 +41,6 @@ def why_not(use: reference.Use) -> str | None:
         return f"no TPU kernels for head width {use.head_width}, which is no multiple of {tpu_attend.LANES // 2}"
     if use.tokens > MAX_TOKENS:
         return f"no TPU kernels for {use.tokens} tokens a pass, at most {MAX_TOKENS}"
-    if use.devices > 1:
-        return f"no TPU kernels for a cache split over {use.devices} devices"
     return None
 
 

@@ -99,7 +99,8 @@ def test_state_is_donated_and_memory_adds_up(on_h100):
     assert json.dumps(report)
 
 
-def test_four_exits_need_little_more_memory_than_one():
+@pytest.mark.parametrize("topology", ["gpu:h100:1x8", "tpu:v5e:2x4"])
+def test_four_exits_need_little_more_memory_than_one(topology):
     """Temporaries of the step with an exit after each of four layers, against a program with the last one alone."""
     temporaries = {}
     for curriculum in ("none", "all"):
@@ -108,7 +109,7 @@ def test_four_exits_need_little_more_memory_than_one():
             layerskip={"exit_curriculum": curriculum},
             training={"batch_size": 8, "sequence_length": 1024, "loss_chunk": 1024},
         )
-        _, _, outcome = report_of(config, "gpu:h100:1x8")
+        _, _, outcome = report_of(config, topology)
         temporaries[curriculum] = outcome.memory.temp_size_in_bytes
     assert temporaries["all"] < 1.3 * temporaries["none"]
 

@@ -43,8 +43,16 @@ def activations(rows: int, strategy) -> int:
 
 
 @functools.cache
-def compiled(topology: str, strategy, rows: int, in_int8: bool = False, kernels: str = "off", cache: str = "auto"):
-    config = shallow(model={"num_layers": L}, mesh={"tensor": 1})
+def compiled(
+    topology: str,
+    strategy,
+    rows: int,
+    in_int8: bool = False,
+    kernels: str = "off",
+    ways: int = 1,
+    cache: str = "auto",
+):
+    config = shallow(model={"num_layers": L}, mesh={"tensor": ways})
     c = config.model
     assert (c.width, c.num_kv_heads * c.head_width, c.feed_forward_width, c.vocab_size) == (D, D, F, V)
     _, loop = decode_programs(config, parse_topology(topology), strategy, rows, PROMPT, NEW, in_int8, kernels, cache)
@@ -121,15 +129,15 @@ KERNELS = ("kv_write", "decode_attend", "decode_combine")  # the last on GPU alo
 
 
 def kernels_in_place(
-    program: hlo.Program, memory, rows: int, caches: int | None = None
+    program: hlo.Program, memory, rows: int, ways: int = 1, caches: int | None = None
 ) -> tuple[dict[str, int], list[hlo.Instruction]]:
     """(kernels in the loop by name, those that write), once it is seen that nothing else in it writes as much as a
-    cache or a weight, and that the caches are held once."""
+    device's part of a cache or a weight, and that the caches are held once."""
     work = [(c, i) for c, i in inside_loops(program, program.entry) if not i.opcode.endswith("-done")]
-    smallest = min(cache_array(rows), OUTPUT)
+    smallest = min(cache_array(rows), OUTPUT) // ways
     rest = [(c, i) for c, i in work if not is_kernel(i, "kv_write")]
     assert not [(i.opcode, i.shape, i.operation) for c, i in rest if written(program, c, i) >= smallest]
-    caches = caches or 2 * L * cache_array(rows)
+    caches = caches or 2 * L * cache_array(rows) // ways
     assert caches <= memory.alias_size_in_bytes < caches + 2**20
     counts = {name: sum(is_kernel(i, name) for _, i in work) for name in KERNELS}
     return counts, [i for _, i in work if is_kernel(i, "kv_write")]
@@ -147,7 +155,7 @@ def test_a_loop_with_kernels_and_a_cache_in_int8(topology, strategy, rows):
     """Values and scales are updated in place and held once: 132 bytes an entry, not 256. And the rest of the program
     moves as much as with one in bfloat16."""
     program, memory = compiled(topology, strategy, rows, kernels="on", cache="int8")
-    counts, writes = kernels_in_place(program, memory, rows, 2 * L * rows * 32 * C * (128 + 4))
+    counts, writes = kernels_in_place(program, memory, rows, caches=2 * L * rows * 32 * C * (128 + 4))
     assert counts["kv_write"] == counts["decode_attend"] == passes(strategy)
     arrays = 2 if topology.startswith("tpu") else 4
     aliases = ", ".join(f"{{{index}}}: ({3 + index}, {{}})" for index in range(arrays))
@@ -281,6 +289,8 @@ def test_a_loop_with_kernels_moves_fewer_bytes():
         if is_kernel(instruction, "kv_write") or is_kernel(instruction, "decode_attend"):
             rest -= _moved(program, program.computations[computation], instruction)
     kernels = L * sum(tpu.bytes_moved(Use(rows, 32, 128, C, PROMPT + NEW // 2, tokens, "bfloat16")))
+    weights = L * (QKV + OUTPUT + GATE_UP + DOWN) + HEAD
+    assert weights < rest < 1.01 * weights
     caches = 2 * L * cache_array(rows)
     assert kernels < 0.8 * caches
     assert rest + caches < memory_traffic(plain)

@@ -8,8 +8,11 @@ import lsjax
 from lsjax.data.tokenizer import train_tokenizer
 from lsjax.errors import UserError
 from lsjax.interop.huggingface import write_huggingface
+from pallas_kernels.kv_cache import interface as kv_cache
+from tests.kernels.interpreted import simulated_gpu
 
 PROMPTS = [[5, 9, 2], [300, 17, 41, 8, 250, 33, 12, 77, 5, 6, 7], [1]]
+REPEATED = [[7, 8, 9] * 4, *PROMPTS]
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,30 @@ def test_tokens_equal_those_of_one_device(folder, strategy):
     alone, split = lsjax.load(folder), lsjax.load(folder, tensor=2)
     expected = lsjax.generate(alone, PROMPTS, 24, strategy)
     found = lsjax.generate(split, PROMPTS, 24, strategy)
+    assert found.tokens == expected.tokens
+    assert [s["accepted"] for s in found.stats] == [s["accepted"] for s in expected.stats]
+
+
+def test_copied_drafts_change_nothing_but_speed(folder):
+    """Those that are judged and those accepted are one device's, too; some are."""
+    alone, split = lsjax.load(folder), lsjax.load(folder, tensor=2)
+    strategy = lsjax.SelfSpeculative(2, 2, lookup=4)
+    expected, found = (lsjax.generate(model, REPEATED, 40, strategy) for model in (alone, split))
+    assert found.tokens == expected.tokens == lsjax.generate(alone, REPEATED, 40).tokens
+    for key in ("drafted_by_position", "accepted_by_position"):
+        assert [s[key] for s in found.stats] == [s[key] for s in expected.stats]
+    assert any(s["accepted_by_position"][2] for s in found.stats)  # past the early layers' own
+
+
+def test_kernels_on_each_device_give_the_same_tokens(folder, monkeypatch):
+    """In Pallas' interpreter: rounds of drafts and of copies, and prompts that wait for a row."""
+    alone, split = lsjax.load(folder), lsjax.load(folder, tensor=2)
+    strategy = lsjax.SelfSpeculative(2, 3, lookup=4)
+    expected = lsjax.generate(alone, REPEATED, 16, strategy)
+    monkeypatch.setattr(kv_cache, "choose", lambda *_: kv_cache.Kernels("gpu"))
+    with simulated_gpu():
+        found = lsjax.generate(split, REPEATED, 16, strategy, batch_size=2)
+    assert {s["kernels"] for s in found.stats} == {"gpu"}
     assert found.tokens == expected.tokens
     assert [s["accepted"] for s in found.stats] == [s["accepted"] for s in expected.stats]
 

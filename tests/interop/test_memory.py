@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lsjax.config import ModelConfig
+from lsjax.convert import convert
 from lsjax.data.tokenizer import train_tokenizer
 from lsjax.interop.huggingface import write_huggingface
 from lsjax.interop.tensors import abstract_params
@@ -39,6 +40,22 @@ LARGE = ModelConfig(
     tie_embeddings=False,
 )
 
+DECODING = """
+import jax, sys
+import lsjax
+
+def kilobytes(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+jax.block_until_ready(jax.numpy.ones(8))
+before = kilobytes("VmRSS")
+model = lsjax.load(sys.argv[1], for_decoding=True, weights=sys.argv[2] or None)
+jax.block_until_ready(model.decoder_weights)
+if not sys.argv[2]:
+    lsjax.generate(model, [[1, 2, 3]], 2)
+print((kilobytes("VmHWM") - before) * 1024)
+"""
+
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("stored", "wanted"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "stored")])
@@ -50,3 +67,25 @@ def test_peak_memory_is_below_1_3_times_the_parameters(stored, wanted, tmp_path)
     size, ratio = done.stdout.split()
     assert int(size) > 10**9
     assert 1.0 <= float(ratio) < 1.3
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same model as a Hugging Face folder and as a workdir."""
+    folder, run = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("run")
+    ones = jax.tree.map(lambda a: np.ones(a.shape, np.float32), abstract_params(LARGE))
+    write_huggingface(folder, LARGE, ones, train_tokenizer(["text"], 300), shard_bytes=10**9)
+    convert(folder, run / "model", "lsjax")
+    return {"huggingface": folder, "workdir": run / "model"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("kind", "weights", "most"), [("huggingface", "", 1.25), ("workdir", "", 1.4), ("huggingface", "int8", 0.75)]
+)
+def test_a_model_for_decoding_is_held_once(folders, kind, weights, most):
+    """Loaded and, in float32, decoded with (XLA:CPU writes int8 weights out in float32 first)."""
+    command = [sys.executable, "-c", DECODING, folders[kind], weights]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(abstract_params(LARGE)))
+    assert 0.3 * whole < int(done.stdout) < most * whole

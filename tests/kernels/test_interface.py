@@ -47,7 +47,6 @@ USE = kv_cache.Use(2, 8, 128, capacity=4096, mean_length=1024, tokens=5, dtype=j
         ("on", "gpu", {"tokens": 17}, "plain (no GPU kernels for 17 tokens a pass, at most 16)"),
         ("on", "gpu", {"tokens": 9, "group": 9}, "plain (no GPU kernels for 9 tokens of 9 query heads a KV head)"),
         ("on", "gpu", {"dtype": jnp.float16}, "plain (no GPU kernels for float16)"),
-        ("on", "gpu", {"devices": 2}, "plain (no GPU kernels for a cache split over 2 devices)"),
         # One row: two kernels more a layer, for 128 empty entries or for 3,072.
         (
             "auto",
@@ -61,7 +60,6 @@ USE = kv_cache.Use(2, 8, 128, capacity=4096, mean_length=1024, tokens=5, dtype=j
         ("on", "tpu", {"head_width": 96}, "plain (no TPU kernels for head width 96, which is no multiple of 64)"),
         ("on", "tpu", {"tokens": 17}, "plain (no TPU kernels for 17 tokens a pass, at most 16)"),
         ("on", "tpu", {"dtype": jnp.float16}, "plain (no TPU kernels for float16)"),
-        ("on", "tpu", {"devices": 2}, "plain (no TPU kernels for a cache split over 2 devices)"),
         # Short, or nearly full: what the kernels read in whole blocks is no less.
         ("auto", "tpu", {"capacity": 128, "mean_length": 100}, "plain (kernels would move 2.41 times the bytes)"),
         ("on", "tpu", {"capacity": 128, "mean_length": 100}, "tpu"),

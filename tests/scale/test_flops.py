@@ -169,6 +169,7 @@ def test_skipped_layers_are_the_mean_rate():
     assert skipped_share(config) == pytest.approx(0.2)
     forward = forward_flops(config.model, 16)
     assert step_flops(config).skipped == pytest.approx(3 * 0.2 * (forward.layers + forward.attention_causal))
+    assert skipped_share(small(layerskip=recipe | {"dropout_granularity": "subset"})) == pytest.approx(0.2)
     assert skipped_share(small(layerskip=recipe | {"dropout_granularity": "sample"})) == 0  # masked, not skipped
 
 

@@ -129,6 +129,26 @@ def test_an_update_in_place_counts_as_its_slice():
     assert memory_traffic(hlo.parse(compiled.as_text())) < 10 * 64 * 4
 
 
+SLICES = """
+ENTRY %main (weight: bf16[4096,2048], near: bf16[64,128]) -> bf16[1024,2048] {
+  %weight = bf16[4096,2048]{1,0:T(8,128)(2,1)} parameter(0)
+  %near = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %begun = ((bf16[4096,2048]{1,0:T(8,128)(2,1)}), bf16[1024,2048]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%weight), slice={[0:1024], [0:2048]}
+  %back = ((bf16[64,128]{1,0:T(8,128)(2,1)S(1)}), bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:S(2)}) slice-start(%near), slice={[0:8], [0:128]}
+  %far = ((bf16[4096,2048]{1,0:T(8,128)(2,1)}), bf16[16,2048]{1,0:T(8,128)(2,1)}, s32[]{:S(2)}) slice-start(%weight), slice={[0:16], [0:2048]}
+  %brought = bf16[8,128]{1,0:T(8,128)(2,1)} slice-done(%back)
+  %copied = bf16[16,2048]{1,0:T(8,128)(2,1)} slice-done(%far)
+  ROOT %part = bf16[1024,2048]{1,0:T(8,128)(2,1)S(1)} slice-done(%begun)
+}
+"""  # noqa: E501
+
+
+def test_a_slice_brought_into_fast_memory_counts_as_itself():
+    """A quarter of a weight is read; eight rows out of fast memory are written; sixteen are read and written."""
+    quarter, eight, sixteen = 1024 * 2048 * 2, 8 * 128 * 2, 16 * 2048 * 2
+    assert memory_traffic(hlo.parse(SLICES)) == quarter + eight + 2 * sixteen
+
+
 def test_sizes_of_shapes():
     assert hlo.size("(f32[2,3]{1,0}, (bf16[4]{0}, s32[]))") == 24 + 8 + 4
     assert hlo.size("bf16[8,128]{1,0:T(8,128)(2,1)S(1)}", main_memory_only=True) == 0

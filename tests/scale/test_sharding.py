@@ -90,7 +90,11 @@ def test_gradients(run, mesh):
         assert specs(gradient_of(state, jax.device_put(make_batch(run), batch_sharding(mesh)))) == GOLDEN
 
 
-@pytest.mark.parametrize("recipe", [{}, {"exit_distillation": 1.0}, {"dropout_granularity": "batch"}], ids=str)
+@pytest.mark.parametrize(
+    "recipe",
+    [{}, {"exit_distillation": 1.0}, {"dropout_granularity": "batch"}, {"dropout_granularity": "subset"}],
+    ids=str,
+)
 @pytest.mark.parametrize(("sizes", "rematerialize"), [((2, 2, 2), "elementwise"), ((1, 8, 1), "layer")], ids=str)
 def test_no_activation_travels_in_a_training_step(run, sizes, recipe, rematerialize):
     """Weights are gathered and gradients reduced; states and logits stay where their batch rows are. Their only

@@ -1,0 +1,114 @@
+"""A cache whose heads are split over devices, kernels simulated on each: the same values, and nothing sent."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lsjax.config import MeshConfig
+from lsjax.decoding.loops import Pause
+from lsjax.decoding.passes import decoder_weights
+from lsjax.decoding.programs import DecodeShape, cache_use, lower_decoding
+from lsjax.decoding.rules import Greedy
+from lsjax.decoding.strategies import Autoregressive, SelfSpeculative
+from lsjax.scale.sharding import cache_sharding, make_mesh, tree_shardings
+from pallas_kernels.kv_cache import interface as kv_cache
+from pallas_kernels.kv_cache.split import SplitCache
+from tests.conftest import TINY, random_params
+from tests.kernels.test_interface import SIMULATED, USE
+
+SENT = re.compile(r"all-(?:gather|reduce|to-all)|reduce-scatter|collective-permute")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2])
+
+
+@pytest.mark.parametrize(
+    ("setting", "platform", "change", "expected"),
+    [
+        ("on", "tpu", {"devices": 2, "parts": 2}, "tpu"),
+        ("on", "gpu", {"devices": 8, "parts": 8}, "gpu"),
+        ("on", "tpu", {"devices": 3, "parts": 3}, "plain (no kernels for 8 KV heads split over 3 devices)"),
+        ("on", "gpu", {"devices": 2}, "plain (no kernels for a cache in 1 part(s) on 2 devices)"),
+        ("auto", "tpu", {"devices": 2, "parts": 2}, "tpu"),
+        # A device's share: 8 heads' worth of empty entries pays for two more kernels, 2 heads' worth does not.
+        ("auto", "gpu", {"rows": 1}, "gpu"),
+        (
+            "auto",
+            "gpu",
+            {"rows": 1, "devices": 4, "parts": 4},
+            "plain (kernels would move 0.26 times the bytes in 2 more kernels a layer)",
+        ),
+    ],
+)
+def test_choice(setting, platform, change, expected):
+    assert str(kv_cache.choose(setting, platform, USE._replace(**change))) == expected
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+@pytest.mark.parametrize("platform", SIMULATED)
+def test_each_device_has_its_own_heads(platform, tokens, mesh):
+    """Filled, written and attended to, with more tokens than the kernels take, too: as plain JAX on one device."""
+    rng = np.random.default_rng(tokens)
+    random = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    prompt, new, q = [random(2, 9, 4, 64)] * 2, [random(2, tokens, 4, 64) for _ in "kv"], random(2, tokens, 4, 2, 64)
+    positions = np.array([9, 4], np.int32)
+
+    def attended(name, sharding, q, prompt, new):
+        cache = kv_cache.init_layer_cache(2, 4, 80, 64, jnp.float32, name, sharding)
+        cache = kv_cache.write(kv_cache.fill(cache, *prompt), *new, positions)
+        return kv_cache.attend(q, cache, positions), cache
+
+    plain, held = jax.jit(lambda *inputs: attended("plain", None, *inputs))(q, prompt, new)
+    heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+    inputs = jax.device_put((q, prompt, new), heads)
+    with SIMULATED[platform]():
+        program = jax.jit(lambda *inputs: attended(platform, cache_sharding(mesh), *inputs)).lower(*inputs).compile()
+        mixed, cache = program(*inputs)
+        assert not SENT.search(program.as_text())
+        for leaf in jax.tree.leaves(cache):
+            assert {part.data.shape[1] for part in leaf.addressable_shards} == {2}
+        np.testing.assert_allclose(mixed, plain, rtol=1e-5, atol=1e-6)
+        packed = np.concatenate(jax.tree.leaves(cache), axis=3)[:, :, :80]
+        np.testing.assert_array_equal(packed, np.concatenate(held, axis=3))
+
+
+CONFIG = dataclasses.replace(TINY, num_layers=2, head_width=64, tie_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    ("platform", "strategy"),
+    [("tpu", SelfSpeculative(1, 2)), ("gpu", SelfSpeculative(1, 2)), ("gpu", Autoregressive())],
+    ids=str,
+)
+def test_decoding_on_two_devices_gives_the_tokens_of_one(platform, strategy, mesh):
+    """The whole of prefill and loop, rows of several lengths."""
+    params = random_params(CONFIG)
+    tokens, lengths = np.zeros((2, 16), np.int32), np.array([3, 12], np.int32)
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = np.random.default_rng(row).integers(1, 300, length)
+
+    def decoded(name, params):
+        weights = decoder_weights(params, jnp.float32)
+        shape = DecodeShape(2, 16, 64, 16, 1, name)
+        layout = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
+        prefill, loop = (p.compile() for p in lower_decoding(layout, CONFIG, strategy, shape))
+        limit, stop, pause = np.int32(8), np.array([-1], np.int32), Pause(np.int32(100), np.int32(1))
+        state = prefill(weights, tokens, lengths, limit, stop, Greedy())
+        assert {type(cache) is SplitCache for cache in state.cache} == {name != "plain"}
+        return jax.tree.map(np.array, loop(weights, state, limit, stop, Greedy(), pause)._replace(cache=()))
+
+    alone = decoded("plain", params)
+    split = jax.device_put(params, tree_shardings(params, mesh))
+    use = cache_use(split, CONFIG, strategy, DecodeShape(2, 16, 64, 16, 1))
+    assert (use.devices, use.parts) == (2, 2)
+    with SIMULATED[platform]():
+        found = decoded(platform, split)
+    assert (alone.emitted == 8).all()
+    jax.tree.map(np.testing.assert_array_equal, found, alone)
