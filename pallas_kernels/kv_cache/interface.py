@@ -94,11 +94,15 @@ def attend(q: jax.Array, cache: LayerCache, positions: jax.Array) -> jax.Array:
 
 def numbers(cache: LayerCache) -> tuple[jax.Array, jax.Array]:
     """What it holds: keys and values [B, K, C, H], float32, C the capacity asked for or a larger one."""
+    cache = _whole(cache)
     sides = _BY_TYPE[type(cache)].apart(cache)
     return tuple(dequantize(a, jnp.float32) if isinstance(a, Int8) else a.astype(jnp.float32) for a in sides)
 
 
 def as_read(cache: LayerCache, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """k, v [B, T, K, H] as `attend` will find them once they are written: in a cache in int8, rounded."""
-    held = cache.cache if isinstance(cache, split.SplitCache) else cache
-    return reference.rounded(k, v) if isinstance(held[0], Int8) else (k, v)
+    return reference.rounded(k, v) if isinstance(_whole(cache)[0], Int8) else (k, v)
+
+
+def _whole(cache: LayerCache) -> LayerCache:
+    return cache.cache if isinstance(cache, split.SplitCache) else cache
