@@ -73,11 +73,21 @@ def _params(reader: ocp.training.Checkpointer, step: int, abstract: Any) -> Any:
 
 
 def load_part(workdir: Path, step: int, abstract: Any) -> Any:
-    """Of that checkpoint the parameters that `abstract` names, as numpy arrays where it has these."""
+    """Of that checkpoint the parameters that `abstract` names, as numpy arrays where it has these. Raises UserError
+    when one has another shape."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
+    folder = Path(workdir).absolute() / FOLDER
     with context:
-        return _read(Path(workdir).absolute() / FOLDER, step, lambda reader, step: _params(reader, step, abstract))
+        part = _read(folder, step, lambda reader, step: _params(reader, step, abstract))
+    # Of a numpy array Orbax does not look at the shape that was asked for.
+    for (path, wanted), found in zip(jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(part), strict=True):
+        if found.shape != wanted.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(
+                f"checkpoint {folder}/{step} holds {name} of shape {found.shape}; config.json asks for {wanted.shape}"
+            )
+    return part
 
 
 def stored_dtypes(workdir: Path) -> Params:

@@ -54,7 +54,7 @@ class LayerSkipConfig:
     `dropout_granularity`: "sample" draws for each sequence (the paper) and masks; "subset" keeps as many sequences of
     every device, drawn anew for each layer, and computes only these (after DINOv2's stochastic depth, arXiv
     2304.07193), a device's sequences of a microbatch going by `dropout_groups` of equal size; "batch" draws once for
-    the whole batch, and skips.
+    the whole batch, and skips. What "subset" draws depends on the number of devices.
     `exit_weight_floor`: least weight of an active exit, as a share of the last layer's (0 is the paper, where the
     first exits, the cheapest to draft with, weigh next to nothing).
     `exit_distillation`: beside the cross-entropy of each early exit, this much of its KL divergence from the last

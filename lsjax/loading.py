@@ -124,7 +124,10 @@ def quantize(model: Model) -> Model:
     Another model, whose texts may differ. `generate`, `stream`, `tune` and `forward` take it as any other. A token
     reads half the bytes that it would in bfloat16 (TPU, GPU); on CPU it is slower than float32.
     """
-    return model if model.in_int8 else dataclasses.replace(model, params=quantize_params(model.params))
+    if model.in_int8:
+        return model
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(Model)}
+    return Model(**fields | {"params": quantize_params(fields["params"])})
 
 
 def default_dtype() -> jnp.dtype:

@@ -16,6 +16,7 @@ from lsjax.decoding.acceptance import batch_rounds, draft_acceptance, expected_r
 from lsjax.decoding.strategies import AUTO, INT8, Autoregressive, SelfSpeculative, Strategy, check_strategy, is_auto
 from lsjax.errors import UserError
 from lsjax.loading import Model
+from lsjax.model.transformer import Params
 
 _LONGEST_DRAFT = 12
 _SAMPLE_TOKENS = 64  # of each text: what more of them would say is little
@@ -133,7 +134,8 @@ def measure_settings(
     runs = [
         _run(model, _compiled(model, make_program, Autoregressive(), batch), batch, _SAMPLE_TOKENS) for batch in batches
     ]
-    texts = [text_of(model, batch, run.tokens) for batch, run in zip(batches, runs, strict=True)]
+    params = model.params  # once: a model held for decoding makes them each time
+    texts = [text_of(model, params, batch, run.tokens) for batch, run in zip(batches, runs, strict=True)]
     longest = max(range(len(texts)), key=lambda index: texts[index].tokens.max())
     if texts[longest].tokens.max() == 1:
         return None
@@ -145,7 +147,7 @@ def measure_settings(
     return Tuning(predict(texts, token_time, corner_times, exit_layers, num_speculations), token_time)
 
 
-def text_of(model: Model, batch: Batch, new_tokens: list[list[int]]) -> Text:
+def text_of(model: Model, params: Params, batch: Batch, new_tokens: list[list[int]]) -> Text:
     """Reads a batch's prompts with their continuations in one pass."""
     count = min(batch.max_new_tokens, _SAMPLE_TOKENS)
     texts = np.zeros((batch.tokens.shape[0], batch.tokens.shape[1] + count), np.int32)
@@ -154,7 +156,7 @@ def text_of(model: Model, batch: Batch, new_tokens: list[list[int]]) -> Text:
         texts[row, start : start + len(new)] = new
     dtype = model.decoder_weights["embed"].dtype
     how = model.config, count, dtype, model.cache == INT8
-    kept = draft_acceptance(model.params, texts, batch.lengths, batch.rule, *how)
+    kept = draft_acceptance(params, texts, batch.lengths, batch.rule, *how)
     return Text(np.asarray(kept, np.float64), np.array([len(new) for new in new_tokens]), batch.rows)
 
 

@@ -19,7 +19,8 @@ def read_decoder_weights(
     source: ModelSource, shapes: Params, dtype: jnp.dtype, mesh: Mesh | None, for_cpu: bool, in_int8: bool
 ) -> Weights:
     """What `decoder_weights` makes of a source's parameters (in_int8: rounded as `quantize_params` does), `shapes` of
-    them stacked. Beside the result memory holds one weight of one layer at a time, as it was read."""
+    them stacked. Beside the result memory holds one weight of one layer at a time, as it was read (from a workdir, the
+    host holds one of all layers)."""
     layout = LeftOperand if for_cpu and mesh is None else OutputMajor
     change = quantize_layers if in_int8 else functools.partial(laid_out, layout=layout)
     rest = {key: shapes[key] for key in shapes if key != "layers"}

@@ -63,10 +63,15 @@ def draw_layer_mask(
     return jnp.where(keep, scale, 0.0)
 
 
+def groups_always_run(max_rate: float, groups: int) -> int:
+    """How many of them no rate up to max_rate drops."""
+    return int((1.0 - max_rate) * groups + 1e-6)
+
+
 def subset_pieces(max_rate: float, rows: int, groups: int) -> tuple[int, ...]:
     """The rows of a device in the pieces that "subset" runs: all groups that no rate up to max_rate drops, then one by
     one those that it may."""
-    always = int((1.0 - max_rate) * groups + 1e-6)
+    always = groups_always_run(max_rate, groups)
     return (always * (rows // groups), *[rows // groups] * (groups - always))
 
 

@@ -38,7 +38,7 @@ def multi_exit_loss(
     many. Unless `exits_train_head`, only the last layer pulls on the shared norm and head; unless `head_learns`,
     nothing does on the head. With distillation the states of all layers are kept until the last one is known; without,
     each exit's loss is taken inside the layer scan.
-    `layers`: how the layers run, for `scan_layers` (layer_mask, attention, rematerialize, unroll).
+    `layers`: how the layers run, for `scan_layers` (layer_mask, pieces, attention, rematerialize, unroll).
     """
     exit_weights = jnp.asarray(exit_weights)
     sample = functools.partial(_every, stride=token_stride, offset=token_offset)

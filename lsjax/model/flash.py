@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lsjax.errors import UserError
 from lsjax.model.attention import AttentionFunction, plain_attention
-from lsjax.scale.sharding import spec
+from lsjax.scale.sharding import free_axes, free_spec
 
 _LANES = 128  # of a TPU's vector registers: sequences are cut into multiples of it
 _LARGEST_BLOCK = 1024
@@ -83,10 +83,10 @@ def splash_attention(
     if jax.sharding.get_abstract_mesh().empty:
         return run(q, k, v, segment_ids)
     # A kernel is opaque to the partitioner: each device runs it on its own rows and heads.
-    queries = spec("batch", None, "kv_heads", None, None)
+    queries = free_spec("batch", None, "kv_heads", None, None)
     keys, ids = P(*queries[:4]), P(queries[0])
-    split = jax.shard_map(run, in_specs=(queries, keys, keys, ids), out_specs=queries, check_vma=False)
-    return split(q, k, v, segment_ids)
+    how = {"axis_names": free_axes(), "check_vma": False}
+    return jax.shard_map(run, in_specs=(queries, keys, keys, ids), out_specs=queries, **how)(q, k, v, segment_ids)
 
 
 def _splash(q, k, v, segment_ids, interpret: bool):

@@ -3,7 +3,6 @@
 {embed [V,D], layers: {...: [L, ...]}, final_norm: {scale [D]}, lm_head [D,V] unless tied}
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from lsjax.model.layers import DecoderLayer, RMSNorm
 from lsjax.model.matmul import matmul
 from lsjax.model.rematerialize import rematerialized
 from lsjax.model.rope import rotation
-from lsjax.model.subset import subset_update
+from lsjax.model.subset import Update, subset_update
 from lsjax.scale.sharding import constrain, whole_along_width
 
 Params = dict[str, Any]
@@ -112,7 +111,7 @@ def scan_layers(
     def body(x, layer_inputs):
         layer, keep, extra = layer_inputs
         seen = read(x, extra)
-        x = masked_update(functools.partial(update, layer), x, (cos_sin, segment_ids), keep, pieces)
+        x = masked_update(update, layer, x, (cos_sin, segment_ids), keep, pieces)
         return constrain(x, "batch", None, None), seen
 
     body = rematerialized(body, rematerialize)
@@ -122,23 +121,24 @@ def scan_layers(
 
 
 def masked_update(
-    update: Callable[[jax.Array, Any], jax.Array],
+    update: Update,
+    layer: Params,
     x: jax.Array,
     per_row: Any,
     keep: jax.Array | None,
     pieces: tuple[int, ...] | None = None,
 ) -> jax.Array:
-    """x + M f(x) (Eq. 1), with f = update(x, per_row). keep: None runs the layer; a scalar of 0 skips its compute; [B]
-    masks each sample, and with `pieces` skips compute of those at 0 (lsjax/model/subset.py)."""
+    """x + M f(x) (Eq. 1), with f = update(layer, x, per_row). keep: None runs the layer; a scalar of 0 skips its
+    compute; [B] masks each sample, and with `pieces` skips compute of those at 0 (lsjax/model/subset.py)."""
     if keep is None:
-        return x + update(x, per_row)
+        return x + update(layer, x, per_row)
     keep = keep.astype(x.dtype)
     if keep.ndim == 0:
         with jax.named_scope(LAYER_BRANCH):
-            return jax.lax.cond(keep != 0, lambda y: y + keep * update(y, per_row), lambda y: y, x)
+            return jax.lax.cond(keep != 0, lambda y: y + keep * update(layer, y, per_row), lambda y: y, x)
     if pieces:
-        return x + subset_update(update, x, per_row, keep, pieces)
-    return x + keep[:, None, None] * update(x, per_row)
+        return x + subset_update(update, layer, x, per_row, keep, pieces)
+    return x + keep[:, None, None] * update(layer, x, per_row)
 
 
 def forward(params: Params, tokens: jax.Array, config: ModelConfig, layer_mask: jax.Array | None = None) -> jax.Array:

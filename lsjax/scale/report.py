@@ -7,6 +7,8 @@ from rich.table import Table
 
 from lsjax.config import Config
 from lsjax.layerskip.chunked import EXIT_BRANCH
+from lsjax.layerskip.dropout import groups_always_run
+from lsjax.model.subset import SUBSET_BRANCH
 from lsjax.model.transformer import LAYER_BRANCH
 from lsjax.scale import hlo
 from lsjax.scale.ahead import Ahead, Outcome
@@ -69,12 +71,16 @@ def _said(problem: str, pattern: str) -> int:
 def _shares(config: Config):
     """How often a conditional takes its costly branch, by the scope that the model gave it."""
     exits = early_exits(config) / config.model.num_layers  # each layer has the branch; the first one's is never taken
-    layers = 1 - skipped_share(config)
+    layers, s = 1 - skipped_share(config), config.layerskip
+    always = groups_always_run(s.dropout_max_rate, s.dropout_groups)
+    subsets = (layers * s.dropout_groups - always) / max(s.dropout_groups - always, 1)
 
     def share(instruction: hlo.Instruction) -> float:
         path = instruction.operation
         if path.rfind(EXIT_BRANCH) > path.rfind(LAYER_BRANCH):
             return exits
+        if SUBSET_BRANCH in path:
+            return subsets
         return layers if LAYER_BRANCH in path else 1.0
 
     return share

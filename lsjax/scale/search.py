@@ -33,6 +33,8 @@ def _grow(config: Config, topology: Topology, recomputed: str, note: Callable[[s
     """Reports of growing batches; only the last may not fit."""
     mesh, reports = train_mesh(config, topology), []
     size = mesh.shape["data"] * mesh.shape["fsdp"] * config.training.gradient_accumulation
+    if config.layerskip.dropout_granularity == "subset":
+        size *= config.layerskip.dropout_groups
     while not reports or reports[-1]["fits"]:
         reports.append(_try(config, topology, recomputed, size))
         note(_line(reports[-1]))

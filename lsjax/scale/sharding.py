@@ -65,11 +65,24 @@ def spec(*logical_axes: str | None) -> P:
     return P(*(RULES.get(axis) for axis in logical_axes))
 
 
+def free_axes() -> set[str]:
+    """Axes of the mesh that is set along which the compiler still splits: those that no `jax.shard_map` around took."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {*mesh.axis_names} - {*mesh.manual_axes}
+
+
+def free_spec(*logical_axes: str | None) -> P:
+    """`spec` with the free axes alone."""
+    free = free_axes()
+    kept = lambda axes: all(axis in free for axis in ((axes,) if isinstance(axes, str) else axes or ()))  # noqa: E731
+    return P(*(axes if kept(axes) else None for axes in spec(*logical_axes)))
+
+
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Pins the layout of an activation when a mesh is set (`jax.set_mesh`); without one, does nothing."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
+    return jax.lax.with_sharding_constraint(x, free_spec(*logical_axes))
 
 
 def tree_shardings(tree, mesh: Mesh):
@@ -148,6 +161,16 @@ def check_batch(batch_size: int, mesh: Mesh, key: str) -> None:
 def width_axis(parameter: str) -> int:
     """Which axis of a parameter (a path of PARAMETER_AXES) the fsdp mesh axis splits."""
     return PARAMETER_AXES[parameter].index("width")
+
+
+def whole_layer(layer):
+    """One layer's parameters gathered along fsdp."""
+
+    def whole(path, leaf):
+        axes = PARAMETER_AXES["/".join(["layers", *map(_key_name, path)])][1:]
+        return constrain(leaf, *(None if axis == "width" else axis for axis in axes))
+
+    return jax.tree_util.tree_map_with_path(whole, layer)
 
 
 def whole_along_width(parameter: str) -> tuple[str | None, ...]:

@@ -75,7 +75,7 @@ def check_microbatch(config: Config, mesh: Mesh) -> None:
     t, s = config.training, config.layerskip
     check_batch(t.batch_size // t.gradient_accumulation, mesh, "a microbatch")
     rows = t.batch_size // t.gradient_accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
-    if s.dropout_granularity == "subset" and rows % s.dropout_groups:
+    if s.dropout_granularity == "subset" and s.dropout_max_rate and rows % s.dropout_groups:
         raise UserError(
             f"config.layerskip.dropout_groups ({s.dropout_groups}) must divide the {rows} sequence(s) of a microbatch "
             "that a device has"
@@ -83,7 +83,9 @@ def check_microbatch(config: Config, mesh: Mesh) -> None:
 
 
 def make_train_step(config: Config, mesh: Mesh):
-    """jitted (state, batch) -> (state, StepMetrics). `state` is donated; rotation of exits never recompiles."""
+    """jitted (state, batch) -> (state, StepMetrics). `state` is donated; rotation of exits never recompiles. Raises
+    UserError where a microbatch does not divide."""
+    check_microbatch(config, mesh)
     shardings, platform = state_shardings(config, mesh), mesh.devices.flat[0].platform
     replicated = NamedSharding(mesh, P())
     return jax.jit(
@@ -151,7 +153,8 @@ def mean_gradients(
 
 
 def layer_mask_at(step: jax.Array | int, part: jax.Array | int, recipe: Recipe, config: Config) -> jax.Array | None:
-    """What dropout leaves of the layers in a step's part of the batch, the same each time; None: everything."""
+    """What dropout leaves of the layers in a step's part of the batch, the same each time (a "subset" on as many
+    devices, that is); None: everything."""
     t, s = config.training, config.layerskip
     if not s.dropout_max_rate:
         return None

@@ -119,7 +119,7 @@ def test_self_speculation_in_int8_equals_autoregressive_in_int8(model):
 def test_a_prediction_for_an_int8_model_is_of_its_own_exits(model):
     int8 = quantize(model)
     plain = lsjax.generate(int8, PROMPTS, NEW).tokens
-    text = settings.text_of(int8, PromptBatch.make(int8, PROMPTS, NEW), plain)
+    text = settings.text_of(int8, int8.params, PromptBatch.make(int8, PROMPTS, NEW), plain)
     rounds = settings.expected_rounds(text.acceptance, text.tokens, 3)[1]
     stats = lsjax.generate(int8, PROMPTS, NEW, SelfSpeculative(2, 3)).stats
     assert rounds.tolist() == [row["rounds"] for row in stats]

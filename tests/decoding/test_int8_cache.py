@@ -141,13 +141,13 @@ def test_split_over_devices(model, tmp_path):
 
 
 def test_a_prediction_is_of_rounded_entries(model, plain):
-    text = settings.text_of(model, PromptBatch.make(model, PROMPTS, NEW), plain)
+    text = settings.text_of(model, model.params, PromptBatch.make(model, PROMPTS, NEW), plain)
     rounds = settings.expected_rounds(text.acceptance, text.tokens, 3)[1]
     stats = lsjax.generate(model, PROMPTS, NEW, SelfSpeculative(2, 3)).stats
     assert rounds.tolist() == [row["rounds"] for row in stats]
     sampled = PromptBatch.make(model, PROMPTS, NEW, Sampling(1.0))
     exact = dataclasses.replace(model, cache="auto")
-    chances = [settings.text_of(m, sampled, plain).acceptance for m in (model, exact, model)]
+    chances = [settings.text_of(m, m.params, sampled, plain).acceptance for m in (model, exact, model)]
     assert (chances[0] != chances[1]).any()
     assert (chances[0] == chances[2]).all()
 

@@ -26,7 +26,7 @@ def model(varied, varied_params):
 @pytest.fixture(scope="module")
 def text(model):
     """The prompts, read once with what they became."""
-    return text_of(model, PromptBatch.make(model, PROMPTS, NEW), generate(model, PROMPTS, NEW).tokens)
+    return text_of(model, model.params, PromptBatch.make(model, PROMPTS, NEW), generate(model, PROMPTS, NEW).tokens)
 
 
 @pytest.mark.parametrize(("exit_layer", "drafts"), [(1, 8), (2, 3), (3, 1), (4, 5)])
@@ -41,7 +41,7 @@ def test_rounds_are_counted_to_the_stop_token(varied, varied_params, text):
     stopping = Model(varied, varied_params, NoTokenizer([plain[1][7]]))
     tokens = generate(stopping, PROMPTS, NEW).tokens
     assert min(map(len, tokens)) < NEW
-    ended = text_of(stopping, PromptBatch.make(stopping, PROMPTS, NEW), tokens)
+    ended = text_of(stopping, stopping.params, PromptBatch.make(stopping, PROMPTS, NEW), tokens)
     stats = generate(stopping, PROMPTS, NEW, SelfSpeculative(2, 3)).stats
     rounds = settings.expected_rounds(ended.acceptance, ended.tokens, 3)[1]
     assert rounds.tolist() == [row["rounds"] for row in stats]
@@ -70,7 +70,7 @@ def test_expected_rounds_are_the_mean_over_every_way_drafts_may_fare(drafts):
 def test_the_chance_of_a_sampled_draft_is_what_the_distributions_share(model):
     """sum_v min(p, q), p and q by their definitions in numpy, off logits of the whole and of the shortened model."""
     new = generate(model, PROMPTS, 4).tokens
-    found = text_of(model, PromptBatch.make(model, PROMPTS, 4, Sampling(0.7)), new).acceptance
+    found = text_of(model, model.params, PromptBatch.make(model, PROMPTS, 4, Sampling(0.7)), new).acceptance
     texts = np.zeros((3, 21), np.int32)
     for row, (prompt, more) in enumerate(zip(PROMPTS, new, strict=True)):
         texts[row, : len(prompt) + 4] = [*prompt, *more]

@@ -1,5 +1,7 @@
 """Weights held once for decoding: bit by bit those made of the parameters, and the parameters made of them again."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -74,4 +76,16 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     data = [p for p in (tmp_path / "run" / "checkpoints" / "0" / "params").rglob("*") if p.is_file() and "d" in p.parts]
     max(data, key=lambda p: p.stat().st_size).unlink()
     with pytest.raises(lsjax.UserError, match=r"checkpoints/0 cannot be read; remove that folder"):
+        lsjax.load(tmp_path / "run", for_decoding=True)
+
+
+def test_a_checkpoint_of_another_shape_is_named(tmp_path):
+    """Fewer layers than the checkpoint has would decode, as another model."""
+    (tmp_path / "hf").mkdir()
+    write_huggingface(tmp_path / "hf", TINY, random_params(TINY), train_tokenizer(["some text"], 300))
+    convert(tmp_path / "hf", tmp_path / "run", "lsjax")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model"]["num_layers"] -= 1
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(lsjax.UserError, match=r"holds layers/.* of shape \(4, .*; config.json asks for \(3, "):
         lsjax.load(tmp_path / "run", for_decoding=True)

@@ -57,11 +57,11 @@ def test_rows_that_are_left_out_are_not_computed(kept, pieces, computed):
     keep[RNG.permutation(8)[:kept]] = 1.0
     seen = []
 
-    def update(x, names):
+    def update(layer, x, names):
         jax.debug.callback(lambda names: seen.extend(names.tolist()), names)
-        return x + names[:, None, None]
+        return layer * x + names[:, None, None]
 
-    run = jax.jit(lambda keep: subset_update(update, jnp.ones((8, 2, 3)), jnp.arange(8), keep, pieces))
+    run = jax.jit(lambda keep: subset_update(update, 1.0, jnp.ones((8, 2, 3)), jnp.arange(8), keep, pieces))
     added = run(keep)
     jax.effects_barrier()
     assert len(seen) == computed

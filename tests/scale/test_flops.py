@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from lsjax.decoding import programs
 from lsjax.decoding.passes import decoder_weights
 from lsjax.decoding.programs import DecodeShape
 from lsjax.decoding.rules import Greedy
+from lsjax.model.subset import SUBSET_BRANCH
 from lsjax.scale import hlo
 from lsjax.scale.flops import (
     early_exits,
@@ -25,6 +27,7 @@ from lsjax.scale.flops import (
     utilization,
 )
 from lsjax.scale.hardware import CHIPS, chip_of
+from lsjax.scale.report import _shares
 from lsjax.training.step import init_state, mean_gradients, recipe_at
 from tests.scale.counted import count_flops
 from tests.training.test_step import make_batch, replace
@@ -171,6 +174,14 @@ def test_skipped_layers_are_the_mean_rate():
     assert step_flops(config).skipped == pytest.approx(3 * 0.2 * (forward.layers + forward.attention_causal))
     assert skipped_share(small(layerskip=recipe | {"dropout_granularity": "subset"})) == pytest.approx(0.2)
     assert skipped_share(small(layerskip=recipe | {"dropout_granularity": "sample"})) == 0  # masked, not skipped
+
+
+def test_how_often_a_piece_of_a_subset_runs():
+    """Linear from 0 to 0.4 over depth: of 5 groups 3 always run, and of the other two one on average."""
+    recipe = {"dropout_max_rate": 0.4, "dropout_depth_schedule": "linear", "dropout_granularity": "subset"}
+    share = _shares(small(layerskip=recipe | {"dropout_groups": 5}))
+    instruction = types.SimpleNamespace(operation=f"jit(step)/while/body/{SUBSET_BRANCH}/cond")
+    assert share(instruction) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("strategy", [lsjax.Autoregressive(), lsjax.EarlyExit(2), lsjax.SelfSpeculative(2, 3)], ids=str)

@@ -115,6 +115,21 @@ def test_no_activation_travels_in_a_training_step(run, sizes, recipe, rematerial
         assert c.payload <= (one_layer if over_batch and c.kind == "all-gather" else rows), c
 
 
+def test_pieces_of_a_subset_share_the_weights_that_are_gathered(run):
+    """Of all weights as much is gathered as when all rows run at once, and of gradients no more is summed."""
+    mesh, sent = make_mesh(MeshConfig(1, 8, 1)), {}
+    for granularity in ("sample", "subset"):
+        config = replace(run, layerskip={"dropout_granularity": granularity, "dropout_max_rate": 0.5})
+        with jax.set_mesh(mesh):
+            state = jax.eval_shape(lambda: init_state(run))
+            compiled = make_train_step(config, mesh).lower(state, make_batch(run)).compile()
+        found = collectives(hlo.parse(compiled.as_text()), 8)
+        total = lambda *kinds, found=found: sum(c.times * c.payload for c in found if c.kind in kinds)  # noqa: E731
+        sent[granularity] = total("all-gather"), total("all-reduce", "reduce-scatter")
+    assert sent["subset"][0] == sent["sample"][0]
+    assert sent["subset"][1] < 1.01 * sent["sample"][1]
+
+
 def test_evaluation_gathers_no_activation(run, mesh):
     with jax.set_mesh(mesh):
         params = jax.jit(lambda: init_state(run).params, out_shardings=state_shardings(run, mesh).params)()
@@ -130,3 +145,11 @@ def test_a_mesh_that_does_not_fit_is_named(mesh):
     with pytest.raises(UserError, match=r"config.training.batch_size is 6 sequences, .* data x fsdp = 4"):
         check_batch(6, mesh, "config.training.batch_size")
     assert dict(mesh.shape) == SIZES
+
+
+def test_groups_that_do_not_divide_are_named(tiny_run, mesh):
+    """8 sequences over data x fsdp = 4 devices are 2 of each."""
+    config = replace(tiny_run, layerskip={"dropout_granularity": "subset", "dropout_groups": 4})
+    with pytest.raises(UserError, match=r"config.layerskip.dropout_groups \(4\) must divide the 2 sequence"):
+        make_train_step(config, mesh)
+    make_train_step(replace(config, layerskip={"dropout_max_rate": 0.0}), mesh)  # where nothing is dropped, no matter

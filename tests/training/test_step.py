@@ -13,6 +13,7 @@ from lsjax.config import Config, MeshConfig
 from lsjax.data.batch import Batch
 from lsjax.errors import UserError
 from lsjax.scale.sharding import make_mesh
+from lsjax.training import step as step_module
 from lsjax.training.optimizer import learning_rate_schedule, make_optimizer
 from lsjax.training.step import init_state, make_train_step, recipe_at, state_shardings, train_step
 
@@ -149,6 +150,19 @@ def test_any_mesh_gives_the_losses_of_one_device(tiny_run, mesh, granularity):
     for ours, theirs in zip(sharded, single, strict=True):
         np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
         np.testing.assert_allclose(ours.exit_losses, theirs.exit_losses, rtol=1e-5)
+        np.testing.assert_allclose(ours.gradient_norm, theirs.gradient_norm, rtol=1e-4)
+
+
+def test_a_step_on_a_subset_is_that_of_its_mask(tiny_run, monkeypatch):
+    """On several devices and by microbatches, against the same rows masked."""
+    recipe = {"dropout_max_rate": 0.6, "dropout_granularity": "subset", "dropout_groups": 2}
+    config = replace(tiny_run, layerskip=recipe, training={"batch_size": 16, "gradient_accumulation": 2})
+    mesh = MeshConfig(2, 2, 2)
+    _, gathered, _ = run_steps(config, mesh)
+    monkeypatch.setattr(step_module, "_pieces", lambda config: None)
+    _, masked, _ = run_steps(config, mesh)
+    for ours, theirs in zip(gathered, masked, strict=True):
+        np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
         np.testing.assert_allclose(ours.gradient_norm, theirs.gradient_norm, rtol=1e-4)
 
 
