@@ -2,7 +2,7 @@
 
   python launch/benchmark_kernels.py --report=kernels.json
   python launch/benchmark_kernels.py --rows=1,8 --tokens=1,5 --lengths=512,8192 --capacity=8192 --num_kv_heads=32
-  python launch/benchmark_kernels.py --chip=tpu:v5e
+  python launch/benchmark_kernels.py --dtype=int8 --chip=tpu:v5e
 
 For writing T new tokens a row into the cache, and for attending to it with them: time a call, GB/s, share of the chip's
 peak, and how far the result is from plain JAX's. Ways take turns, calls follow each other inside one program on the
@@ -25,7 +25,9 @@ CAPACITY = flags.DEFINE_integer("capacity", 4096, "C: entries that there is room
 NUM_KV_HEADS = flags.DEFINE_integer("num_kv_heads", 8, "K.")
 GROUP = flags.DEFINE_integer("group", 4, "G: query heads a KV head.")
 HEAD_WIDTH = flags.DEFINE_integer("head_width", 128, "H.")
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of cache and queries.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "bfloat16", ["bfloat16", "float32", "int8"], "Of cache and queries; int8: of the cache, beside bfloat16."
+)
 CHIP = flags.DEFINE_string(
     "chip", None, "Whose bandwidth is the peak, such as gpu:a100-80 (default: this one's; without one, gpu:h100)."
 )

@@ -42,6 +42,7 @@ KERNELS = flags.DEFINE_enum(
     ["auto", "on", "off"],
     "Decoding: Pallas kernels for the KV cache; auto: where they move fewer bytes.",
 )
+CACHE = flags.DEFINE_enum("cache", "auto", ["auto", "int8"], "Decoding: KV cache in bfloat16, or in int8 with scales.")
 REPORT = flags.DEFINE_string("report", None, "Write the results to this JSON file.")
 flags.mark_flags_as_required(["config", "topology"])
 
@@ -96,7 +97,7 @@ def _programs(config, topology) -> list:
     drafting = SelfSpeculative(exit_layer, NUM_SPECULATIONS.value, DRAFT_WEIGHTS.value)
     strategies = [Autoregressive(), EarlyExit(exit_layer), drafting]
     sizes = BATCH_SIZE.value, PROMPT_TOKENS.value, MAX_NEW_TOKENS.value
-    how = {"in_int8": WEIGHTS.value == "int8", "kernels": KERNELS.value}
+    how = {"in_int8": WEIGHTS.value == "int8", "kernels": KERNELS.value, "cache": CACHE.value}
     wanted = [s for s in strategies if PROGRAM.value in ("decode", s.name)]
     return [program for s in wanted for program in ahead.decode_programs(config, topology, s, *sizes, **how)]
 

@@ -10,6 +10,7 @@ On text that the run held out, or on a prompt of yours:
   python launch/decode.py --model=runs/demo --compare=transformers
   python launch/decode.py --model=runs/demo --prompt="def main():" --stop="class " --stop=$'\n\n'
   python launch/decode.py --model=runs/demo --exit_layer=2 --draft_weights=int8
+  python launch/decode.py --model=runs/demo --exit_layer=2 --cache=int8
 
 The best setting, predicted from one decoding of the prompts and a few timings, or found by measuring a grid:
 
@@ -18,7 +19,8 @@ The best setting, predicted from one decoding of the prompts and a few timings, 
 
 Times never include compilation, repeats of the strategies are interleaved, and speeds are medians over the
 prompts. `speed-up` is against this run's own autoregressive decoding of the same prompts, and "same tokens" says
-whether the tokens are exactly its tokens: always so for greedy self_speculative in float32.
+whether the tokens are exactly its tokens: always so for greedy self_speculative in float32 (with --cache=int8 all but
+always: a difference in the last bit may round an entry to the next value).
 """
 
 import dataclasses
@@ -57,6 +59,12 @@ TENSOR = flags.DEFINE_integer("tensor", 1, "Devices to split the model over (ten
 KERNELS = flags.DEFINE_enum(
     "kernels", "auto", ["auto", "on", "off"], "Pallas kernels for the KV cache; auto: where they move fewer bytes."
 )
+CACHE = flags.DEFINE_enum(
+    "cache",
+    "auto",
+    ["auto", "int8"],
+    "KV cache in the type that is computed with, or in int8: half of bfloat16's bytes.",
+)
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 1, "Prompts decoded side by side; one that is done makes room for the next."
 )
@@ -81,9 +89,9 @@ def main() -> None:
         check_writable(Path(REPORT.value), "--report")
     if DRAFT_WEIGHTS.value and (WEIGHTS.value or SWEEP.value):
         raise UserError("--draft_weights goes with neither --weights (its drafts are in int8 already) nor --sweep")
-    if COMPARE.value and WEIGHTS.value:
-        raise UserError("--compare is of the same weights: leave --weights away")
-    held = {"for_decoding": True, "weights": WEIGHTS.value}
+    if COMPARE.value and (WEIGHTS.value or CACHE.value == "int8"):
+        raise UserError("--compare is of the same model: leave --weights and --cache away")
+    held = {"for_decoding": True, "weights": WEIGHTS.value, "cache": CACHE.value}
     model = load(MODEL.value, tensor=TENSOR.value, kernels=KERNELS.value, **held)
     report = _sweep(model) if SWEEP.value else _compare(model)
     if REPORT.value:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from lsjax.checkpoint import latest_step, load_params, load_part, stored_dtypes
 from lsjax.config import MeshConfig, ModelConfig
 from lsjax.data.tokenizer import Tokenizer, load_tokenizer
-from lsjax.decoding.passes import Weights, decoder_weights
+from lsjax.decoding.passes import CACHES, Weights, decoder_weights
 from lsjax.decoding.weights import read_decoder_weights, stacked_params
 from lsjax.errors import UserError
 from lsjax.files import read_json
@@ -38,6 +38,7 @@ class Model:
     path: str = ""
     step: int | None = None
     kernels: str = "auto"  # "on", "off": whether kernels write and read the KV cache in decoding
+    cache: str = "auto"  # "int8": what numbers the KV cache holds
 
     @functools.cached_property
     def decoder_weights(self) -> Weights:
@@ -140,28 +141,32 @@ def load(
     kernels: str = "auto",
     for_decoding: bool = False,
     weights: str | None = None,
+    cache: str = "auto",
 ) -> Model:
     """The model at a path: a training workdir (its latest checkpoint), a Hugging Face folder or a GGUF file.
 
     dtype: of the parameters; None is float32 on CPU and bfloat16 elsewhere, "stored" keeps what the files have.
     tensor: devices to split it over, by heads, feed-forward and vocabulary; each then computes its part of every
     token. kernels: whether Pallas kernels write and read the KV cache in decoding; "auto" is where they move fewer
-    bytes, and what they cannot do plain JAX does. weights: "int8" is `quantize` of the model.
+    bytes, and what they cannot do plain JAX does. weights: "int8" is `quantize` of the model. cache: numbers of the KV
+    cache; "auto" are those that are computed with, "int8" are rounded, with a float32 scale for each entry and KV head:
+    a little more than half the bytes of bfloat16, and texts that may differ.
 
     for_decoding: holds the weights once, as decoding wants them, where `generate` otherwise makes a second copy of all;
     loading needs little more (in int8, little more than that). `params` are then a second copy, made each time they are
     asked for. Raises UserError that says what is missing, damaged or unknown, or does not divide; a model is
     loaded whole or not at all.
     """
-    if kernels not in SETTINGS:
-        raise UserError(f"kernels is {kernels!r}; it must be one of {', '.join(SETTINGS)}")
+    for name, value, known in (("kernels", kernels, SETTINGS), ("cache", cache, CACHES)):
+        if value not in known:
+            raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
     if weights not in (None, "int8"):
         raise UserError(f"weights is {weights!r}; it must be int8, or left away")
     if for_decoding and dtype is not None:
         raise UserError(f"dtype is {dtype!r}, but for_decoding holds weights in {default_dtype()} here: leave it away")
     source = open_model(path)
     abstract, mesh = abstract_params(source.config), _mesh(tensor)
-    beside = source.tokenizer, str(path), source.step, kernels
+    beside = source.tokenizer, str(path), source.step, kernels, cache
     if for_decoding:
         on_cpu = jax.default_backend() == "cpu"
         held = read_decoder_weights(source, abstract, default_dtype(), mesh, on_cpu, weights == "int8")

@@ -43,7 +43,8 @@ def softmax(x):
     return e / e.sum()
 
 
-def attention(x, layer, positions, visible, config):
+def attention(x, layer, positions, visible, config, held=lambda entries: entries):
+    """held: what the cache makes of keys, and of values, [S, H]."""
     group = config.num_heads // config.num_kv_heads
     qkv = layer["attention"]["qkv"]
     out = np.zeros_like(x)
@@ -52,7 +53,7 @@ def attention(x, layer, positions, visible, config):
         wq, wk, wv = qkv[:, kv, member], qkv[:, kv, group], qkv[:, kv, group + 1]
         q = np.stack([rotate(row @ wq, p, config) for row, p in zip(x, positions, strict=True)])
         k = np.stack([rotate(row @ wk, p, config) for row, p in zip(x, positions, strict=True)])
-        v = x @ wv
+        k, v = held(k), held(x @ wv)
         for s in range(len(x)):
             seen = [c for c in range(s + 1) if visible(s, c)]
             weights = softmax(np.array([q[s] @ k[c] for c in seen]) / math.sqrt(config.head_width))
@@ -65,7 +66,7 @@ def feed_forward(x, layer):
     return (gate / (1 + np.exp(-gate)) * up) @ layer["feed_forward"]["down"]
 
 
-def hidden_states(params, tokens, config, layer_mask=None, positions=None, segments=None):
+def hidden_states(params, tokens, config, layer_mask=None, positions=None, segments=None, **how):
     """tokens [S] -> [L, S, D] after each layer; layer_mask [L] multiplies what a layer adds."""
     params = _float64(params)
     positions = np.arange(len(tokens)) if positions is None else positions
@@ -75,7 +76,7 @@ def hidden_states(params, tokens, config, layer_mask=None, positions=None, segme
     for index in range(config.num_layers):
         layer = _layer(params["layers"], index)
         normed = rms_norm(x, layer["attention_norm"]["scale"], config.rms_norm_epsilon)
-        attended = attention(normed, layer, positions, visible, config)
+        attended = attention(normed, layer, positions, visible, config, **how)
         normed = rms_norm(x + attended, layer["feed_forward_norm"]["scale"], config.rms_norm_epsilon)
         keep = 1.0 if layer_mask is None else layer_mask[index]
         x = x + keep * (attended + feed_forward(normed, layer))

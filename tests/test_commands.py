@@ -91,6 +91,8 @@ BAD_DECODING = {
     "report folder": (["--model={run}", "--report={tmp}/no/report.json"], "folder does not exist"),
     "report over a folder": (["--model={run}", "--report={tmp}"], "it is a folder"),
     "kernels": (["--model={run}", "--kernels=some"], "value should be one of <auto|on|off>"),
+    "cache": (["--model={run}", "--cache=int4"], "value should be one of <auto|int8>"),
+    "cache beside others": (["--model={run}", "--cache=int8", "--compare=transformers"], "leave --weights and --cache"),
     "lookup of nothing": (["--model={run}", "--strategies=autoregressive", "--lookup=4"], "--lookup is a setting of"),
     "int8 drafts of int8": (["--model={run}", "--weights=int8", "--draft_weights=int8"], "--weights"),
     "model is a file": (["--model={tmp}/null.jsonl"], "is a file, but not GGUF"),
@@ -162,6 +164,17 @@ def test_decode_prints_the_continuation_of_a_prompt(workdir):
     before = autoregressive[: autoregressive.index(stop)]
     result = run("decode.py", f"--model={workdir}", "--prompt=def main():", "--max_new_tokens=8", f"--stop={stop}")
     assert f"--- autoregressive\ndef main():{before}\n\n--- early_exit" in result.stdout, result.stderr
+
+
+def test_decode_with_a_cache_in_int8(workdir, tmp_path):
+    path = tmp_path / "report.json"
+    how = "--cache=int8", "--strategies=self_speculative", "--num_prompts=1", "--prompt_tokens=8", "--max_new_tokens=8"
+    result = run("decode.py", f"--model={workdir}", *how, f"--report={path}")
+    assert result.returncode == 0, result.stderr
+    assert "KV cache in int8" in result.stdout
+    report = json.loads(path.read_text())
+    assert report["cache"] == "int8"
+    assert [run["matches_autoregressive"] for run in report["runs"]] == [True, True]
 
 
 def test_decode_chooses_its_setting(workdir, tmp_path):

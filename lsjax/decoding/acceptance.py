@@ -13,11 +13,13 @@ import numpy as np
 
 from lsjax.config import ModelConfig
 from lsjax.decoding.rules import Rule
+from lsjax.model.attention import plain_attention
 from lsjax.model.quantized import cast
 from lsjax.model.transformer import Params, exit_logits, scan_layers
+from pallas_kernels.kv_cache.reference import rounded
 
 
-@functools.partial(jax.jit, static_argnames=("config", "count", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "count", "dtype", "int8_cache"))
 def draft_acceptance(
     params: Params,
     tokens: jax.Array,
@@ -26,14 +28,17 @@ def draft_acceptance(
     config: ModelConfig,
     count: int,
     dtype: jnp.dtype,
+    int8_cache: bool = False,
 ) -> jax.Array:
     """tokens [B,S], prompts of prompt_lengths [B] and their continuations, right-padded -> float32 [L,B,count]: the
-    chance that a draft of the i-th new token by exit_layer l + 1 is kept (greedily 0 or 1). Computed in `dtype`."""
+    chance that a draft of the i-th new token by exit_layer l + 1 is kept (greedily 0 or 1). Computed in `dtype`;
+    int8_cache: keys and values rounded as such a cache does."""
     params = cast(params, dtype)
     # What stands at a position predicts the next one.
     places = jnp.minimum(prompt_lengths[:, None] - 1 + jnp.arange(count), tokens.shape[1] - 1)
     look = lambda x, _: jnp.take_along_axis(x, places[..., None], axis=1)  # noqa: E731
-    last, inputs = scan_layers(params, tokens, config, read=look)
+    attention = _rounded_attention if int8_cache else plain_attention
+    last, inputs = scan_layers(params, tokens, config, read=look, attention=attention)
     states = jnp.concatenate([inputs[1:], look(last, None)[None]])  # [L,B,count,D]
 
     def of_row(states):
@@ -42,6 +47,10 @@ def draft_acceptance(
 
     # The logits of one exit of one row exist at a time.
     return jax.lax.map(of_row, states.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+def _rounded_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: None) -> jax.Array:
+    return plain_attention(q, *rounded(k, v))
 
 
 def expected_rounds(acceptance: np.ndarray, tokens: np.ndarray, num_speculations: int) -> np.ndarray:

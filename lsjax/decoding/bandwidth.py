@@ -8,22 +8,26 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
-from lsjax.decoding.passes import DRAFT, Weights
+from lsjax.decoding.passes import DRAFT, Weights, cache_dtype
 from lsjax.decoding.programs import last_layer
-from lsjax.decoding.strategies import SelfSpeculative, Strategy
+from lsjax.decoding.strategies import AUTO, SelfSpeculative, Strategy
+from pallas_kernels.kv_cache.reference import Use
 
 
-def bytes_per_round(weights: Weights, config: ModelConfig, strategy: Strategy, rows: int, entries: int) -> int:
+def bytes_per_round(
+    weights: Weights, config: ModelConfig, strategy: Strategy, rows: int, entries: int, cache: str = AUTO
+) -> int:
     """What a round of a strategy reads (a pass for one token a row, where nothing is drafted): for each of its passes
     every weight but an embedding that is only looked up, and the `entries` of each row's cache that attention reads.
     d drafts through E layers, and L layers once: whether d + 1 tokens go through all of them at once, or one through
     the early and all through the others, is the same. A round of copies reads the L layers alone, and is not counted.
     """
-    cache = 2 * rows * entries * config.num_kv_heads * config.head_width * weights["embed"].dtype.itemsize
+    sizes = rows, config.num_kv_heads, config.head_width
+    read = Use(*sizes, entries, entries, tokens=1, dtype=cache_dtype(weights, cache)).bytes_of(entries)
 
     def one_pass(weights: Weights, layers: int) -> int:
         head = weights["final_norm"], weights["lm_head" if "lm_head" in weights else "embed"]
-        return _bytes((weights["layers"][:layers], head)) + layers * cache
+        return _bytes((weights["layers"][:layers], head)) + layers * read
 
     if not isinstance(strategy, SelfSpeculative):
         return one_pass(weights, last_layer(config, strategy))

@@ -10,6 +10,7 @@ import jax
 from lsjax.decoding.bandwidth import PlainRead, bytes_per_round
 from lsjax.decoding.batch import PromptBatch
 from lsjax.decoding.generate import DecodeProgram, GenerateResult, rates_by_position
+from lsjax.decoding.passes import cache_dtype
 from lsjax.decoding.settings import Tuning
 from lsjax.decoding.strategies import INT8, Autoregressive, Sampling, Strategy, label
 from lsjax.errors import UserError
@@ -47,11 +48,14 @@ def benchmark(
     trials = [*(Trial(model, strategy, batches) for strategy in strategies), *rivals(batches)]
     if jax.default_backend() == "cpu" and (model.in_int8 or any(getattr(s, "draft_weights", None) for s in strategies)):
         note("int8 weights are for TPU and GPU: on CPU they are slower than float32, several times")
+    if jax.default_backend() == "cpu" and model.cache == INT8:
+        note("a KV cache in int8 is for TPU and GPU: on CPU it is smaller, but written out in float32 for every pass")
     read = PlainRead(model.decoder_weights)
     _measure(trials, read, repeats, len(prompts), note)
     return {
         "model": model.path,
         "weights": INT8 if model.in_int8 else str(model.decoder_weights["embed"].dtype),
+        "cache": str(cache_dtype(model.decoder_weights, model.cache)),
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
         "devices": len(model.decoder_weights["embed"].sharding.device_set),
         "jax_version": jax.__version__,
@@ -124,8 +128,8 @@ class Trial:
         return label(self.strategy)
 
     def compile(self) -> None:
-        how = self.model.kernels
-        self.compile_seconds = sum(program.compile(program.weights(self.model), how) for program in self.programs)
+        how = self.model.kernels, self.model.cache
+        self.compile_seconds = sum(program.compile(program.weights(self.model), *how) for program in self.programs)
         self.programs[0].run(self.model, self.batches[0])  # warm-up, not counted
 
     def measure(self, index: int) -> None:
@@ -142,7 +146,8 @@ class Trial:
     def bytes_per_round(self) -> int:
         """Read at the least, on average over the batches."""
         how = self.programs[0].weights(self.model), self.model.config, self.strategy, self.batches[0].rows
-        return sum(bytes_per_round(*how, program.entries_read) for program in self.programs) // len(self.programs)
+        read = [bytes_per_round(*how, program.entries_read, self.model.cache) for program in self.programs]
+        return sum(read) // len(read)
 
     def seconds_per_pass(self) -> float | None:
         rounds = sum(results[0].stats[0]["batch_rounds"] for results in self.results)

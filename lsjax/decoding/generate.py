@@ -16,7 +16,7 @@ from lsjax.decoding.rules import Rule
 from lsjax.decoding.running import Programs, Row, Running
 from lsjax.decoding.settings import settle
 from lsjax.decoding.stops import final_text, text_so_far
-from lsjax.decoding.strategies import Autoregressive, Sampling, Strategy, check_strategy, lookahead
+from lsjax.decoding.strategies import AUTO, Autoregressive, Sampling, Strategy, check_strategy, lookahead
 from lsjax.loading import Model
 from pallas_kernels.kv_cache.interface import KERNELS, Kernels
 
@@ -120,7 +120,7 @@ def _pieces(model: Model, batch: PromptBatch, running: Running) -> Iterator[Piec
 
 def _compiled_program(model: Model, strategy: Strategy, batch: PromptBatch) -> "DecodeProgram":
     program = DecodeProgram(model.config, settle(strategy, model, batch, DecodeProgram), batch)
-    program.compile(program.weights(model), model.kernels)
+    program.compile(program.weights(model), model.kernels, model.cache)
     return program
 
 
@@ -163,12 +163,13 @@ class DecodeProgram:
             return model.decoder_weights
         return model.decoder_weights | {DRAFT: model.draft_weights(self.strategy.exit_layer)}
 
-    def compile(self, weights: Weights, kernels: str = "auto") -> float:
-        """Compiles for these weights, with or without kernels, unless done before; seconds it took."""
+    def compile(self, weights: Weights, kernels: str = AUTO, cache: str = AUTO) -> float:
+        """Compiles for these weights, `kernels` and `cache` as of lsjax.load, unless done before; seconds it took."""
         began = time.perf_counter()
         layout = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
         leaves, tree = jax.tree.flatten(layout)
         config, strategy, shape, rule = self._arguments
+        shape = shape._replace(cache=cache)
         self.kernels = choose_kernels(kernels, weights, config, strategy, shape, None)
         self.entries_read = KERNELS[self.kernels.name].entries_read(cache_use(weights, config, strategy, shape))
         shape = shape._replace(kernels=self.kernels.name)

@@ -19,13 +19,15 @@ from pallas_kernels.kv_cache import interface as kv_cache
 
 SHIPPED = "jax.nn"  # dot_product_attention, compiled by XLA
 SHIPPED_KERNEL = "jax Pallas"  # of jax.experimental.pallas.ops, gpu.decode_attention or tpu.paged_attention: T = 1
+DTYPES = ("bfloat16", "float32", "int8")
 _PAGE = 16  # entries of a page, the least that a block of them may have
 _CALLS = 64  # in one program, about
 _COLD_BYTES = 256 << 20
 
 
 class Case(NamedTuple):
-    """T tokens a row written to, or attending to, the caches of B rows that hold `length` of C entries."""
+    """T tokens a row written to, or attending to, the caches of B rows that hold `length` of C entries. `dtype`: of the
+    cache and of what is computed with; "int8": of the cache alone, beside bfloat16."""
 
     rows: int
     tokens: int
@@ -35,6 +37,10 @@ class Case(NamedTuple):
     group: int
     head_width: int
     dtype: str
+
+    @property
+    def compute_dtype(self) -> str:
+        return "bfloat16" if self.dtype == "int8" else self.dtype
 
     @property
     def use(self) -> kv_cache.Use:
@@ -101,8 +107,8 @@ def benchmark_kernels(
 
 
 def _check(case: Case) -> None:
-    if case.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype is {case.dtype!r}; it must be float32 or bfloat16")
+    if case.dtype not in DTYPES:
+        raise UserError(f"dtype is {case.dtype!r}; it must be one of {', '.join(DTYPES)}")
     if min(case[:-1]) < 1:
         raise UserError(f"sizes must be at least 1, got {case}")
     if not case.tokens <= case.length <= case.capacity:
@@ -110,19 +116,20 @@ def _check(case: Case) -> None:
 
 
 def ways(case: Case, platform: str) -> Iterator[Way]:
-    """Writing, then attending: plain JAX first, which the others are compared with."""
+    """Writing, then attending: plain JAX first, which the others are compared with. What JAX ships reads no int8."""
     kernels = kv_cache.choose("on", platform, case.use).name
     for index, (operation, run) in enumerate((("write", _write), ("attend", _attend))):
         for name in dict.fromkeys((kv_cache.PLAIN, kernels)):
             moved = kv_cache.KERNELS[name].bytes_moved(case.use)[index]
             yield Way(operation, name, functools.partial(_make, case, name, operation), run, moved)
-    whole = kv_cache.KERNELS[kv_cache.PLAIN].bytes_moved(case.use)[1]
+    shipped = case.use._replace(dtype=case.compute_dtype)
+    whole = kv_cache.KERNELS[kv_cache.PLAIN].bytes_moved(shipped)[1]
     yield Way(
         "attend", SHIPPED, lambda arrays: (arrays.q, (arrays.k, arrays.v, arrays.positions)), _attend_by_xla, whole
     )
     kernel = {"gpu": (_by_head, _attend_by_decode_attention), "tpu": (_by_page, _attend_by_paged_attention)}
     if platform in kernel and case.tokens == 1 and case.capacity % 256 == 0:
-        yield Way("attend", SHIPPED_KERNEL, *kernel[platform], case.use.bytes_of(case.length))
+        yield Way("attend", SHIPPED_KERNEL, *kernel[platform], shipped.bytes_of(case.length))
 
 
 def make_arrays(case: Case) -> Arrays:
@@ -131,7 +138,7 @@ def make_arrays(case: Case) -> Arrays:
     new = (case.rows, case.tokens, case.num_kv_heads, case.head_width)
     shapes = entries, entries, new, new, (*new[:3], case.group, case.head_width)
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    arrays = (jax.random.normal(key, shape, case.dtype) for key, shape in zip(keys, shapes, strict=True))
+    arrays = (jax.random.normal(key, shape, case.compute_dtype) for key, shape in zip(keys, shapes, strict=True))
     return Arrays(*arrays, jnp.full(case.rows, case.length - case.tokens, jnp.int32))
 
 
@@ -238,11 +245,12 @@ def again_and_again(way: Way, turns: int):
 
 
 def _difference(result, plain, case: Case) -> float:
-    """Of what queries got, or of written caches: keys and values side by side, whatever lies past the capacity."""
+    """Of what queries got, or of written caches, whatever lies past the capacity."""
 
     def numbers(a):
-        a = a if isinstance(a, jax.Array) else jnp.concatenate(list(a), axis=-1)[:, :, : case.capacity]
-        return a.astype(jnp.float32)
+        if isinstance(a, jax.Array):
+            return a.astype(jnp.float32)
+        return jnp.stack(kv_cache.numbers(a))[..., : case.capacity, :]
 
     return float(jnp.max(jnp.abs(numbers(result) - numbers(plain))))
 

@@ -20,6 +20,7 @@ Weights = dict[str, Any]
 Cache = tuple[kv_cache.LayerCache, ...]
 
 DRAFT = "draft"  # the key of weights that only draft, where they are others than the first layers' own
+CACHES = ("auto", "int8")  # settings of what numbers the KV cache holds
 PREFILL_CHUNK = 512  # tokens of longer prompts read at a time
 
 
@@ -43,6 +44,11 @@ def decoder_weights(params: Params, dtype: jnp.dtype, for_cpu: bool = False) -> 
         return unstack(params)
     shardings = decoder_shardings(jax.eval_shape(unstack, params), mesh)
     return jax.jit(unstack, out_shardings=shardings)(params)
+
+
+def cache_dtype(weights: Weights, cache: str) -> jnp.dtype:
+    """Of the KV cache: "auto" is the type that is computed with."""
+    return jnp.dtype("int8") if cache == "int8" else weights["embed"].dtype
 
 
 def init_cache(
@@ -93,7 +99,9 @@ def prefill(
 ) -> tuple[jax.Array, Cache]:
     """Reads whole prompts: tokens [B, S], right-padded, of lengths [B]. Returns (logits after them [B, V], cache).
 
-    Padding is written to the cache too, but past each row's length, where it is never read.
+    Padding is written to the cache too, but past each row's length, where it is never read. What the cache rounds is
+    attended to as rounded: a token then sees of the others what it would in any later pass, and a prompt's last logits
+    depend neither on the chunks that it is read in nor on which of its tokens were generated.
     """
     batch, length = tokens.shape
     if length > PREFILL_CHUNK:
@@ -103,7 +111,7 @@ def prefill(
     for index in layers:
 
         def attend(q, k, v, old=cache[index]):
-            return plain_attention(q, k, v), kv_cache.fill(old, k, v)
+            return plain_attention(q, *kv_cache.as_read(old, k, v)), kv_cache.fill(old, k, v)
 
         x, cache[index] = apply_layer(weights["layers"][index], x, cos_sin, attend, config)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
 from lsjax.decoding.loops import NEVER, Decoding, Pause, autoregressive_loop, begin, replace_row, self_speculative_loop
-from lsjax.decoding.passes import Weights, init_cache, prefill
+from lsjax.decoding.passes import Weights, cache_dtype, init_cache, prefill
 from lsjax.decoding.rules import Greedy, Rule
-from lsjax.decoding.strategies import SelfSpeculative, Strategy, lookahead, most_drafts
+from lsjax.decoding.strategies import AUTO, SelfSpeculative, Strategy, lookahead, most_drafts
 from lsjax.scale.sharding import decoding_shardings, head_ways, mesh_of, replicated_like
 from pallas_kernels.kv_cache import interface as kv_cache
 
 
 class DecodeShape(NamedTuple):
-    """Static sizes: rows B, tokens a prompt is padded to, cache entries C, tokens a row may write, stop tokens; and
-    by what the cache is written and read (a name of kv_cache.KERNELS)."""
+    """Static sizes: rows B, tokens a prompt is padded to, cache entries C, tokens a row may write, stop tokens; by what
+    the cache is written and read (a name of kv_cache.KERNELS); and what numbers it holds (of lsjax.load's caches)."""
 
     rows: int
     bucket: int
@@ -26,6 +26,7 @@ class DecodeShape(NamedTuple):
     room: int
     stops: int
     kernels: str = kv_cache.PLAIN
+    cache: str = AUTO
 
 
 def choose_kernels(
@@ -53,7 +54,7 @@ def cache_use(weights: Weights, config: ModelConfig, strategy: Strategy, shape: 
         capacity=shape.capacity,
         mean_length=min(shape.capacity, shape.bucket + shape.room // 2),
         tokens=lookahead(strategy),
-        dtype=weights["embed"].dtype,
+        dtype=cache_dtype(weights, shape.cache),
         devices=mesh.size if mesh else 1,
         group=config.num_heads // config.num_kv_heads,
         parts=head_ways(mesh) if mesh else 1,
@@ -135,7 +136,8 @@ def last_layer(config: ModelConfig, strategy: Strategy) -> int:
 def _first_token(
     weights, tokens, lengths, limit, stop, rule, *, config, strategy: Strategy, shape: DecodeShape, mesh=None
 ):
-    cache = init_cache(config, shape.rows, shape.capacity, weights["embed"].dtype, shape.kernels, mesh)
+    dtype = cache_dtype(weights, shape.cache)
+    cache = init_cache(config, shape.rows, shape.capacity, dtype, shape.kernels, mesh)
     logits, cache = prefill(weights, tokens, lengths, cache, config, range(last_layer(config, strategy)))
     first, _ = rule.choose(logits, jnp.zeros_like(lengths))
     prompts = tokens if getattr(strategy, "lookup", 0) else None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lsjax.decoding.acceptance import batch_rounds, draft_acceptance, expected_rounds
-from lsjax.decoding.strategies import AUTO, Autoregressive, SelfSpeculative, Strategy, check_strategy, is_auto
+from lsjax.decoding.strategies import AUTO, INT8, Autoregressive, SelfSpeculative, Strategy, check_strategy, is_auto
 from lsjax.errors import UserError
 from lsjax.loading import Model
 from lsjax.model.transformer import Params
@@ -155,7 +155,8 @@ def text_of(model: Model, params: Params, batch: Batch, new_tokens: list[list[in
     for row, (start, new) in enumerate(zip(batch.lengths, new_tokens, strict=True)):
         texts[row, start : start + len(new)] = new
     dtype = model.decoder_weights["embed"].dtype
-    kept = draft_acceptance(params, texts, batch.lengths, batch.rule, model.config, count, dtype)
+    how = model.config, count, dtype, model.cache == INT8
+    kept = draft_acceptance(params, texts, batch.lengths, batch.rule, *how)
     return Text(np.asarray(kept, np.float64), np.array([len(new) for new in new_tokens]), batch.rows)
 
 
@@ -224,7 +225,7 @@ def _round_time(result) -> float:
 
 def _compiled(model: Model, make_program: MakeProgram, strategy: Strategy, batch: Batch):
     program = make_program(model.config, strategy, batch)
-    program.compile(program.weights(model), model.kernels)
+    program.compile(program.weights(model), model.kernels, model.cache)
     return program
 
 

@@ -34,7 +34,8 @@ def comparison_table(profiles: dict[str, ExitProfile]) -> Table:
 def decoding_table(report: dict[str, Any]) -> Table:
     """A row a run of a decoding report. Where a speed-up was predicted, it stands beside the one that came out."""
     predicted = any(run.get("predicted_speedup") is not None for run in report["runs"])
-    table = Table(title=f"Decoding on {report['device']}, weights in {report['weights']}", title_justify="left")
+    held = f"weights in {report['weights']}" + (", KV cache in int8" if report.get("cache") == "int8" else "")
+    table = Table(title=f"Decoding on {report['device']}, {held}", title_justify="left")
     for name in ("strategy", "exit", "drafts", "batch", "tokens/s", "ms/token", "first token ms", "accepted"):
         table.add_column(name, justify="left" if name == "strategy" else "right")
     for name in ("tokens/round", "speed-up", *(["predicted"] if predicted else []), "same tokens"):

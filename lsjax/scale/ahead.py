@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lsjax.checkpoint import abstract_arrays
 from lsjax.config import Config, MeshConfig, ModelConfig
 from lsjax.data.batch import Batch
-from lsjax.decoding.passes import DRAFT, PREFILL_CHUNK, decoder_weights, init_cache
+from lsjax.decoding.passes import DRAFT, PREFILL_CHUNK, cache_dtype, decoder_weights, init_cache
 from lsjax.decoding.programs import DecodeShape, choose_kernels, last_layer, lower_decoding
 from lsjax.decoding.strategies import Strategy, check_strategy
 from lsjax.errors import UserError
@@ -104,9 +104,10 @@ def decode_programs(
     new_tokens: int,
     in_int8: bool = False,
     kernels: str = "auto",
+    cache: str = "auto",
 ) -> tuple[Ahead, Ahead]:
     """(prefill, decoding loop) of a strategy, split over the first config.mesh.tensor devices, weights in bfloat16 or
-    int8; `kernels` as of lsjax.load."""
+    int8; `kernels` and `cache` as of lsjax.load."""
     check_strategy(strategy, config.model.num_layers)
     ways = topology.size if config.mesh.tensor == -1 else config.mesh.tensor
     mesh = _mesh(MeshConfig(1, 1, ways), topology, ways)
@@ -117,14 +118,14 @@ def decode_programs(
         rounded = _decoder_weights(config.model, mesh, in_int8=True)
         weights |= {DRAFT: {"layers": rounded["layers"][: strategy.exit_layer], "lm_head": rounded["lm_head"]}}
     capacity = prompt_tokens + new_tokens + 64
-    shape = DecodeShape(rows, prompt_tokens, capacity, new_tokens + 64, 1)
+    shape = DecodeShape(rows, prompt_tokens, capacity, new_tokens + 64, 1, cache=cache)
     chosen = choose_kernels(kernels, weights, config.model, strategy, shape, topology.chip.platform)
     shape = shape._replace(kernels=chosen.name)
     with jax.set_mesh(mesh):
         programs = lower_decoding(weights, config.model, strategy, shape, platform=_platform(topology))
-    cache = jax.eval_shape(lambda: init_cache(config.model, rows, capacity, jnp.bfloat16, chosen.name))
-    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) // ways
-    held = {"parameters": device_bytes(weights), "caches": cache}
+    sizes = config.model, rows, capacity, cache_dtype(weights, cache), chosen.name
+    caches = jax.tree.leaves(jax.eval_shape(lambda: init_cache(*sizes)))
+    held = {"parameters": device_bytes(weights), "caches": sum(a.size * a.dtype.itemsize for a in caches) // ways}
     execution = choose_execution(config, topology.chip.platform)._replace(compute_dtype=jnp.dtype("bfloat16"))
     make = functools.partial(Ahead, mesh=mesh, execution=execution, held=held)
     prefilled, a_round = _decode_flops(config, strategy, prompt_tokens, capacity)

@@ -7,6 +7,9 @@ are the rows of its matmuls. Its maximum, sum and weighted values are float32 an
 combines those of a row's splits, in their order.
 
 Splits and blocks have fixed lengths, so a row's result does not depend, bit by bit, on the batch or on the capacity.
+
+A cache in int8 is read as it is and converted on the way into the products; the scales of keys multiply scores, those
+of values weights.
 """
 
 import functools
@@ -15,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.kv_cache.int8 import Int8
 from pallas_kernels.kv_cache.triton_backend import on_triton, triton
 
 MAX_TOKENS = 16
@@ -36,29 +40,32 @@ def partial_bytes(entries: int, tokens: int, group: int, width: int) -> int:
     return 2 * pl.cdiv(entries, SPLIT) * tokens * group * (width + 2) * 4
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
-    """q [B, T, K, G, H] to k, v [B, K, C, H], as in the reference: query t of row b sees the entries
-    0 .. positions[b] + t, and none of what lies past them is read.
+def attend(q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, positions: jax.Array) -> jax.Array:
+    """q [B, T, K, G, H] to k, v [B, K, C, H], in int8 with scales [B, K, C], as in the reference: query t of row b sees
+    the entries 0 .. positions[b] + t, and none of what lies past them is read.
 
     H is a power of two, T at most MAX_TOKENS, and T x G as of `tiles` at most MAX_QUERIES.
     """
-    return _combined(_attend_to_splits(q, k, v, positions), positions, q, k.shape[2])
+    capacity = jax.tree.leaves(k)[0].shape[2]
+    return _combined(_attend_to_splits(q, k, v, positions, capacity), positions, q, capacity)
 
 
-def _attend_to_splits(q, k, v, positions) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _attend_to_splits(q, k, v, positions, capacity) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of every split that holds something: weighted values [B, K, splits, T G, H], maximum and sum [B, K, splits, T G]
     in float32, T and G filled up."""
     batch, tokens, heads, group, width = q.shape
-    capacity = k.shape[2]
     splits, (tile_tokens, tile_heads) = pl.cdiv(capacity, SPLIT), tiles(tokens, group)
     rows = tile_tokens * tile_heads
     cache = pl.BlockSpec((None, None, capacity, width), lambda split, head, row: (row, head, 0, 0))
+    if isinstance(k, Int8):
+        cache = Int8(cache, pl.BlockSpec((None, None, capacity), lambda split, head, row: (row, head, 0)))
     queries = pl.BlockSpec((None, tile_tokens, None, tile_heads, width), lambda split, head, row: (row, 0, head, 0, 0))
     sums = pl.BlockSpec((None, None, None, rows), lambda split, head, row: (row, head, split, 0))
     a_sum = jax.ShapeDtypeStruct((batch, heads, splits, rows), jnp.float32)
-    block = min(_BLOCK_BYTES // (width * k.dtype.itemsize), SPLIT)
+    # As large as what is multiplied: of a cache in int8, what it is converted to.
+    block = min(_BLOCK_BYTES // (width * (q if isinstance(k, Int8) else k).dtype.itemsize), SPLIT)
     return pl.pallas_call(
-        functools.partial(_split_kernel, tokens=tokens, group=group, block=block),
+        functools.partial(_split_kernel, tokens=tokens, group=group, block=block, capacity=capacity),
         grid=(splits, heads, batch),
         in_specs=[pl.BlockSpec((batch,), lambda *_: (0,)), queries, cache, cache],
         out_specs=(
@@ -72,9 +79,9 @@ def _attend_to_splits(q, k, v, positions) -> tuple[jax.Array, jax.Array, jax.Arr
     )(positions, q, k, v)
 
 
-def _split_kernel(positions, q, k, v, mixed, highest, total, *, tokens, group, block):
+def _split_kernel(positions, q, k, v, mixed, highest, total, *, tokens, group, block, capacity):
     position, first = positions[pl.program_id(2)], pl.program_id(0) * SPLIT
-    end = jnp.minimum(position + tokens, k.shape[0])
+    end = jnp.minimum(position + tokens, capacity)
 
     @pl.when(first < end)
     def _():
@@ -88,13 +95,14 @@ def _split_kernel(positions, q, k, v, mixed, highest, total, *, tokens, group, b
             mixed, highest, total = sums
             entry = first + index * block + jnp.arange(block)
             # Past the row's end may lie anything, and 0 * NaN would leak out of it.
-            held = (entry < end)[:, None]
-            keys, values = (triton.load(a.at[pl.ds(first + index * block, block)], mask=held, other=0) for a in (k, v))
-            scores = _matmul(query, keys, transposed=True) * width**-0.5
+            (keys, key_scales), (values, value_scales) = (
+                _factors(side, first + index * block, entry < end, query.dtype) for side in (k, v)
+            )
+            scores = _matmul(query, keys, transposed=True) * key_scales * width**-0.5
             scores = jnp.where((entry - position)[None] <= token[:, None], scores, _MASKED)
             highest_now = jnp.maximum(highest, jnp.max(scores, axis=1))
             weights, kept = jnp.exp(scores - highest_now[:, None]), jnp.exp(highest - highest_now)
-            mixed = mixed * kept[:, None] + _matmul(weights.astype(values.dtype), values)
+            mixed = mixed * kept[:, None] + _matmul((weights * value_scales).astype(values.dtype), values)
             return mixed, highest_now, total * kept + jnp.sum(weights, axis=1)
 
         blocks = pl.cdiv(jnp.minimum(end - first, SPLIT), block)
@@ -102,6 +110,14 @@ def _split_kernel(positions, q, k, v, mixed, highest, total, *, tokens, group, b
         real = asked.reshape(rows)
         for out, value, mask in zip((mixed, highest, total), sums, (real[:, None], real, real), strict=True):
             triton.store(out, value, mask=mask)
+
+
+def _factors(side, first, held: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | float]:
+    """Of a block of keys or values: (what to multiply with [block, H], what of the product makes it right [block])."""
+    load = lambda a, mask: triton.load(a.at[pl.ds(first, held.shape[0])], mask=mask, other=0)  # noqa: E731
+    if not isinstance(side, Int8):
+        return load(side, held[:, None]), 1.0
+    return load(side.values, held[:, None]).astype(dtype), load(side.scale, held)
 
 
 def _nothing_seen(rows: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -7,9 +7,11 @@ module with a type of its own and the functions of `tpu`, and a line below.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from pallas_kernels.kv_cache import gpu, reference, split, tpu
+from pallas_kernels.kv_cache.int8 import Int8, dequantize
 from pallas_kernels.kv_cache.reference import PLAIN, Use
 
 LayerCache = reference.LayerCache | tpu.PackedCache | gpu.GpuCache | split.SplitCache
@@ -59,8 +61,8 @@ def init_layer_cache(
     kernels: str = PLAIN,
     sharding: NamedSharding | None = None,
 ) -> LayerCache:
-    """An empty cache of one layer for `kernels` (a name of KERNELS); sharding, of P(None, mesh axis): where its heads
-    are split over a mesh."""
+    """An empty cache of one layer for `kernels` (a name of KERNELS), in a type of floating-point numbers or in int8;
+    sharding, of P(None, mesh axis): where its heads are split over a mesh."""
     cache = KERNELS[kernels].init_layer_cache(batch, num_kv_heads, capacity, head_width, dtype)
     return cache if sharding is None or kernels == PLAIN else split.SplitCache(cache, sharding)
 
@@ -88,3 +90,19 @@ def attend(q: jax.Array, cache: LayerCache, positions: jax.Array) -> jax.Array:
     if isinstance(cache, split.SplitCache):
         return split.attend(attend, q, cache, positions)
     return _BY_TYPE[type(cache)].attend(q, cache, positions)
+
+
+def numbers(cache: LayerCache) -> tuple[jax.Array, jax.Array]:
+    """What it holds: keys and values [B, K, C, H], float32, C the capacity asked for or a larger one."""
+    cache = _whole(cache)
+    sides = _BY_TYPE[type(cache)].apart(cache)
+    return tuple(dequantize(a, jnp.float32) if isinstance(a, Int8) else a.astype(jnp.float32) for a in sides)
+
+
+def as_read(cache: LayerCache, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """k, v [B, T, K, H] as `attend` will find them once they are written: in a cache in int8, rounded."""
+    return reference.rounded(k, v) if isinstance(_whole(cache)[0], Int8) else (k, v)
+
+
+def _whole(cache: LayerCache) -> LayerCache:
+    return cache.cache if isinstance(cache, split.SplitCache) else cache

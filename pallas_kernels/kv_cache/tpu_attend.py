@@ -12,6 +12,9 @@ row's result does not depend, bit by bit, on the batch or on the capacity.
 
 With H = 64 keys and values share one lane tile: the queries are filled up with zeros where the values are, and of the
 weighted sum of whole entries the value half is kept. No lane of HBM is padding.
+
+A cache in int8 is converted block by block in VMEM. The scales of a block, [2, SPLIT] of every head, lie as its scores
+do: those of the keys multiply the scores, those of the values the weights.
 """
 
 import functools
@@ -20,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.kv_cache.int8 import SCALE_BYTES, Int8, is_int8
 
 MAX_TOKENS = 16
 SPLIT = 256
@@ -33,26 +38,33 @@ def attend_bytes(cache_shape: tuple[int, ...], lengths, dtype: jnp.dtype) -> int
     """What one call reads from HBM for rows of `lengths` entries, whole blocks."""
     _, heads, capacity, width = cache_shape
     entries = sum(min(-(-int(length) // SPLIT) * SPLIT, capacity) for length in lengths)
-    return entries * heads * width * jnp.dtype(dtype).itemsize
+    scales = 2 * SCALE_BYTES if is_int8(dtype) else 0
+    return entries * heads * (width * jnp.dtype(dtype).itemsize + scales)
 
 
-def attend(q: jax.Array, cache: jax.Array, positions: jax.Array) -> jax.Array:
-    """q [B, T, K, G, H] to the cache [B, K, C, 2H], as in the reference: query t of row b sees the entries
-    0 .. positions[b] + t, and none of what lies past them is looked at, numbers or not.
+def attend(q: jax.Array, cache: jax.Array | Int8, positions: jax.Array) -> jax.Array:
+    """q [B, T, K, G, H] to the cache [B, K, C, 2H], in int8 with scales [B, K, 2, C], as in the reference: query t of
+    row b sees the entries 0 .. positions[b] + t, and none of what lies past them is looked at, numbers or not.
 
     C is at least SPLIT and a multiple of the cache's tile, 2H a multiple of LANES, T at most MAX_TOKENS.
     """
     batch, tokens, heads, group, head_width = q.shape
-    width, capacity = cache.shape[3], cache.shape[2]
+    arrays = jax.tree.leaves(cache)
+    capacity, width = arrays[0].shape[2:]
     shared = head_width % LANES != 0  # keys and values lie in one tile of lanes
     queries = -(-tokens * group // _QUERY_TILE) * _QUERY_TILE
     q = q.transpose(0, 2, 1, 3, 4).reshape(batch, heads, tokens * group, head_width)
     query_width = width if shared else head_width
     q = jnp.pad(q, ((0, 0), (0, 0), (0, queries - tokens * group), (0, query_width - head_width)))
-    together = _heads_together(heads, SPLIT * max(width * cache.dtype.itemsize, queries * 4))
+    # Of a cache in int8 the block is there as what it is converted to.
+    together = _heads_together(heads, SPLIT * max(width * max(arrays[0].dtype.itemsize, q.dtype.itemsize), queries * 4))
     whole = lambda row, heads, split, positions: (row, heads, 0, 0)  # noqa: E731
     ends = lambda row, positions: last_split(positions[row], tokens)  # noqa: E731
     held = lambda row, heads, split, positions: (row, heads, jnp.minimum(split, ends(row, positions)), 0)  # noqa: E731
+    blocks = pl.BlockSpec((1, together, SPLIT, width), held)
+    if isinstance(cache, Int8):
+        held_scales = lambda *at: (*held(*at)[:2], 0, held(*at)[2])  # noqa: E731
+        blocks = Int8(blocks, pl.BlockSpec((1, together, 2, SPLIT), held_scales))
     mixed = pl.pallas_call(
         functools.partial(_kernel, tokens=tokens, group=group, head_width=head_width),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -60,7 +72,7 @@ def attend(q: jax.Array, cache: jax.Array, positions: jax.Array) -> jax.Array:
             grid=(batch, heads // together, -(-capacity // SPLIT)),
             in_specs=[
                 pl.BlockSpec((1, together, queries, query_width), whole),
-                pl.BlockSpec((1, together, SPLIT, width), held),
+                blocks,
             ],
             out_specs=pl.BlockSpec((1, together, queries, query_width), whole),
             scratch_shapes=[
@@ -71,9 +83,9 @@ def attend(q: jax.Array, cache: jax.Array, positions: jax.Array) -> jax.Array:
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=_cost(q.shape, cache),
+        cost_estimate=_cost(q.shape, arrays),
         name="decode_attend",
-    )(positions, q, pltpu.with_memory_space_constraint(cache, pltpu.HBM))
+    )(positions, q, jax.tree.map(lambda a: pltpu.with_memory_space_constraint(a, pltpu.HBM), cache))
     mixed = mixed[:, :, : tokens * group, query_width - head_width :]
     return mixed.reshape(batch, heads, tokens, group, head_width).transpose(0, 2, 1, 3, 4)
 
@@ -88,15 +100,15 @@ def _heads_together(heads: int, head_bytes: int) -> int:
     return max(size for size in divisors if size == 1 or size * head_bytes <= _BLOCK_BYTES)
 
 
-def _cost(q_shape: tuple[int, ...], cache: jax.Array) -> pl.CostEstimate:
+def _cost(q_shape: tuple[int, ...], arrays: list[jax.Array]) -> pl.CostEstimate:
     """Of rows that are half full."""
     batch, heads, queries, _ = q_shape
-    entries, width = cache.shape[2] // 2, cache.shape[3]
-    scores = batch * heads * queries * entries
+    capacity, width = arrays[0].shape[2:]
+    scores = batch * heads * queries * capacity // 2
     return pl.CostEstimate(
         flops=2 * scores * width,
         transcendentals=scores,
-        bytes_accessed=batch * heads * entries * width * cache.dtype.itemsize,
+        bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays) // 2,
     )
 
 
@@ -112,13 +124,19 @@ def _kernel(positions, q, cache, out, highest, total, mixed, *, tokens, group, h
 
     @pl.when(split <= last_split(position, tokens))
     def _():
-        block = cache[0]
         # Past the row's end may lie anything, and 0 * NaN would leak out of it.
-        entry = first + jax.lax.broadcasted_iota(jnp.int32, block.shape, 1)
-        block = jnp.where(entry < position + tokens, block, jnp.zeros_like(block))
+        held = lambda a, axis: jnp.where(  # noqa: E731
+            first + jax.lax.broadcasted_iota(jnp.int32, a.shape, axis) < position + tokens, a, jnp.zeros_like(a)
+        )
+        key_scales = value_scales = 1.0
+        if isinstance(cache, Int8):
+            block, scales = cache.values[0].astype(q.dtype), held(cache.scale[0], 2)
+            key_scales, value_scales = scales[:, :1], scales[:, 1:]
+        else:
+            block = held(cache[0], 1)
         shared = head_width % LANES != 0
         keys, values = (block, block) if shared else (block[..., :head_width], block[..., head_width:])
-        scores = _matmul(q[0], keys, contract=2) * head_width**-0.5
+        scores = _matmul(q[0], keys, contract=2) * key_scales * head_width**-0.5
         # Row r of the matmul is query r // G: entry - position <= r // G, without a division.
         entry = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
         row = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
@@ -127,7 +145,7 @@ def _kernel(positions, q, cache, out, highest, total, mixed, *, tokens, group, h
         weights, kept = jnp.exp(scores - highest_now), jnp.exp(highest[...] - highest_now)
         highest[...] = highest_now
         total[...] = total[...] * kept + jnp.sum(weights, axis=2, keepdims=True)
-        mixed[...] = mixed[...] * kept + _matmul(weights.astype(block.dtype), values, contract=1)
+        mixed[...] = mixed[...] * kept + _matmul((weights * value_scales).astype(block.dtype), values, contract=1)
 
     @pl.when(split == pl.num_programs(2) - 1)
     def _():

@@ -14,6 +14,7 @@ from lsjax.decoding.kernel_benchmark import Case, again_and_again, make_arrays, 
 from lsjax.scale import compile_only
 from lsjax.scale.hardware import parse_topology
 from pallas_kernels.kv_cache import gpu_attend, gpu_write, tpu_attend, tpu_write
+from pallas_kernels.kv_cache.int8 import Int8
 
 compile_only.prepare()
 pytest.importorskip("libtpu", reason="make test-ahead installs it")
@@ -131,6 +132,85 @@ def test_attention_on_gpu_fits_and_moves_no_cache(topology, dtype, shape):
     entry = program.as_text().partition("ENTRY")[2]
     assert re.findall(r"custom-call.*/(\w+)/pallas_call", entry) == ["decode_attend", "decode_combine"]
     assert not re.search(r" (fusion|copy|transpose)\(", entry)
+
+
+def int8(*sizes, scale):
+    """Values and scales, as (shape, dtype) each."""
+    return (sizes, "int8"), (scale, "float32")
+
+
+def write_in_int8_for_a_while(values, scale, new, new_scale, positions, until):
+    return write_for_a_while(Int8(values, scale), Int8(new, new_scale), positions, until)
+
+
+# As WRITES; of a TPU other than v5e the first alone.
+INT8_WRITES = [("tpu:v5e:1x1", shape) for shape in (*WRITES[:4], WRITES[5])]
+INT8_WRITES += [(topology, WRITES[0]) for topology in TARGETS[1:]]
+
+
+@pytest.mark.parametrize(("topology", "shape"), INT8_WRITES)
+def test_write_in_int8_moves_neither_values_nor_scales(topology, shape):
+    rows, heads, capacity, width, tokens = shape
+    cache = int8(rows, heads, capacity, 2 * width, scale=(rows, heads, 2, capacity))
+    new = int8(rows, heads, tokens, 2 * width, scale=(rows, heads, 2, tokens))
+    arrays = [*cache, *new, ((rows,), "int32"), ((), "int32")]
+    program = compiled(topology, write_in_int8_for_a_while, *arrays, donate=(0, 1))
+    memory, entries = program.memory_analysis(), rows * heads * capacity
+    assert memory.alias_size_in_bytes == entries * 2 * (width + 4)
+    assert memory.temp_size_in_bytes < entries * 2 * 4
+    assert not copies(program.as_text(), entries * 2)
+    assert "kv_write" in program.as_text()
+
+
+def attend_in_int8_on_tpu(q, values, scale, positions):
+    return tpu_attend.attend(q, Int8(values, scale), positions)
+
+
+INT8_ATTENDS = [("tpu:v5e:1x1", (1, 32, 1, 1024 + 128, 128, 5)), *(("tpu:v5e:1x1", shape) for shape in ATTENDS[2:])]
+INT8_ATTENDS += [(topology, ATTENDS[3]) for topology in TARGETS[1:]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("topology", "shape"), INT8_ATTENDS)
+def test_attend_in_int8_converts_no_cache(topology, shape, dtype):
+    rows, heads, group, capacity, width, tokens = shape
+    cache = int8(rows, heads, capacity, 2 * width, scale=(rows, heads, 2, capacity))
+    arrays = [((rows, tokens, heads, group, width), dtype), *cache, ((rows,), "int32")]
+    program = compiled(topology, attend_in_int8_on_tpu, *arrays)
+    queries = rows * heads * (tokens * group + 15) * 128 * jnp.dtype(dtype).itemsize
+    assert program.memory_analysis().temp_size_in_bytes < max(2 * queries, 1 << 19)
+    assert f"{rows},{heads},2,{capacity}" not in copies(program.as_text(), rows * heads * 2 * capacity)
+    assert not copies(program.as_text(), rows * heads * capacity * 2 * width)
+    assert "decode_attend" in program.as_text()
+
+
+def write_in_int8_on_gpu(k, k_scale, v, v_scale, *others):
+    return gpu_write.write(Int8(k, k_scale), Int8(v, v_scale), *others)
+
+
+def attend_in_int8_on_gpu(q, k, k_scale, v, v_scale, positions):
+    return gpu_attend.attend(q, Int8(k, k_scale), Int8(v, v_scale), positions)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("bfloat16", GPU_ATTENDS[1]), ("float32", GPU_ATTENDS[3])])
+@pytest.mark.parametrize("topology", GPUS)
+def test_int8_on_gpu_is_written_in_place_and_fits(topology, dtype, shape):
+    """One kernel writes, rounding what it stores; and attention is two, and nothing else."""
+    rows, heads, group, capacity, width, tokens = shape
+    side = int8(rows, heads, capacity, width, scale=(rows, heads, capacity))
+    new = ((rows, min(tokens, 16), heads, width), dtype)
+    writing = compiled(topology, write_in_int8_on_gpu, *side, *side, new, new, ((rows,), "int32"), donate=(0, 1, 2, 3))
+    assert writing.memory_analysis().alias_size_in_bytes == 2 * rows * heads * capacity * (width + 4)
+    attending = compiled(
+        topology, attend_in_int8_on_gpu, ((rows, tokens, heads, group, width), dtype), *side, *side, ((rows,), "int32")
+    )
+    kernels = []
+    for program in (writing, attending):
+        entry = program.as_text().partition("ENTRY")[2]
+        kernels += re.findall(r"custom-call.*/(\w+)/pallas_call", entry)
+        assert not re.search(r" (fusion|copy|transpose)\(", entry)
+    assert kernels == ["kv_write", "decode_attend", "decode_combine"]
+    assert writing.memory_analysis().temp_size_in_bytes == 0
 
 
 def run_flat(program, tree, *leaves):

@@ -41,6 +41,21 @@ def test_every_way_gives_what_plain_jax_gives(monkeypatch):
         assert measure(CASE, candidates[:2], repeats=1)[1][1] > 0.1
 
 
+def test_a_cache_in_int8(monkeypatch):
+    """Is what plain JAX makes of it, and near to what JAX ships has over exact keys and values, in their bytes."""
+    monkeypatch.setattr(kernel_benchmark, "_CALLS", 4)
+    case = CASE._replace(dtype="int8")
+    candidates = list(ways(case, "gpu"))
+    with simulated_gpu():
+        differences = [difference for _, difference in measure(case, candidates, repeats=1)]
+    assert differences[:4] == [0, 0, 0, pytest.approx(0, abs=1e-2)]
+    assert 1e-3 < differences[4] < 0.05
+    moved = {(way.operation, way.by): way.moved for way in candidates}
+    entry = 2 * 2 * 2 * (32 + 4)
+    assert (moved["attend", "plain"], moved["write", "gpu"]) == (64 * entry, 3 * entry)
+    assert moved["attend", SHIPPED] == 64 * 2 * 2 * 2 * 32 * 2
+
+
 def test_calls_follow_each_other():
     """Each of a layer's on what the one before gave."""
     way = next(ways(CASE, "gpu"))._replace(run=lambda carry, constant: carry * constant)
@@ -72,7 +87,7 @@ def test_kernels_that_cannot_be_are_not_there():
     [
         ({"length": 65}, "length 65 must be 3 (tokens) to 64 (capacity)"),
         ({"rows": 0}, "sizes must be at least 1"),
-        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"dtype": "float16"}, "dtype is 'float16'; it must be one of bfloat16, float32, int8"),
     ],
 )
 def test_what_does_not_go_together(change, message):

@@ -28,6 +28,16 @@ USE = kv_cache.Use(2, 8, 128, capacity=4096, mean_length=1024, tokens=5, dtype=j
     ("setting", "platform", "change", "expected"),
     [
         ("auto", "tpu", {}, "tpu"),
+        ("auto", "tpu", {"dtype": jnp.int8}, "tpu"),
+        ("on", "gpu", {"dtype": jnp.int8, "head_width": 32}, "gpu"),
+        # One row: in int8 plain JAX starts more kernels.
+        ("auto", "gpu", {"dtype": jnp.int8, "rows": 1, "capacity": 1152}, "gpu"),
+        (
+            "auto",
+            "tpu",
+            {"dtype": jnp.int8, "capacity": 1024, "mean_length": 1020},
+            "plain (kernels would move 1.13 times the bytes)",
+        ),
         ("on", "tpu", {}, "tpu"),
         ("off", "tpu", {}, "plain (kernels are off)"),
         ("on", "cpu", {}, "plain (no kernels for cpu)"),
@@ -64,6 +74,18 @@ def test_bytes():
     """Counted by hand: 2 rows x 8 heads x (1024 entries, and twice 2 tiles of 16) x 2 x 128 numbers of 2 bytes."""
     assert sum(tpu.bytes_moved(USE)) == 2 * 8 * (1024 + 2 * 32) * 2 * 128 * 2
     assert sum(tpu.bytes_moved(USE._replace(mean_length=1025))) == 2 * 8 * (1280 + 2 * 32) * 2 * 128 * 2
+
+
+def test_bytes_in_int8():
+    """As above, of 2 x 128 numbers of a byte and 2 scales of 4; on TPU twice 2 tiles of 32 entries, of 128 for scales,
+    5 tokens may reach into, and a capacity in tiles of scales."""
+    use = USE._replace(dtype=jnp.int8)
+    entry = 2 * 8 * (2 * 128 + 2 * 4)
+    assert kv_cache.KERNELS["plain"].bytes_moved(use) == (5 * entry, 4096 * entry)
+    assert tpu.bytes_moved(use) == (2 * 8 * 2 * (64 * 2 * 128 + 256 * 2 * 4), 1024 * entry)
+    assert tpu.entries_read(use._replace(capacity=1030, mean_length=1030)) == 1152
+    assert tpu.entries_read(USE._replace(capacity=1030, mean_length=1030)) == 1056
+    assert gpu.bytes_moved(use) == (5 * entry, 1024 * entry + 2 * 8 * 2 * 4 * 5 * (128 + 2) * 4)
 
 
 def test_bytes_on_gpu():
@@ -108,8 +130,9 @@ def test_what_cannot_be_is_said_once(caplog):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 20])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("platform", SIMULATED)
-def test_the_same_cache_by_either(platform, tokens):
+def test_the_same_cache_by_either(platform, dtype, tokens):
     """Filled, written and attended to; with more tokens than the kernels take, too."""
     rng = np.random.default_rng(tokens)
     random = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
@@ -118,7 +141,7 @@ def test_the_same_cache_by_either(platform, tokens):
     positions = np.array([9, 4], np.int32)
 
     def attended(name):
-        cache = kv_cache.init_layer_cache(2, 3, 80, 64, jnp.float32, name)
+        cache = kv_cache.init_layer_cache(2, 3, 80, 64, dtype, name)
         cache = kv_cache.write(kv_cache.fill(cache, *prompt), *new, positions)
         return kv_cache.attend(q, cache, positions), cache
 
@@ -126,16 +149,25 @@ def test_the_same_cache_by_either(platform, tokens):
     with SIMULATED[platform]():
         mixed, cache = jax.jit(lambda: attended(platform))()
         np.testing.assert_allclose(mixed, plain, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(np.concatenate(cache, axis=3)[:, :, :80], np.concatenate(held, axis=3))
+        for ours, theirs in zip(kv_cache.numbers(cache), kv_cache.numbers(held), strict=True):
+            np.testing.assert_array_equal(ours[:, :, :80], theirs)
 
 
 DRAFTING = SelfSpeculative(1, 2)
 
 
 @pytest.mark.parametrize(
-    ("platform", "strategy"), [("tpu", Autoregressive()), ("tpu", DRAFTING), ("gpu", DRAFTING)], ids=str
+    ("platform", "strategy", "cache"),
+    [
+        ("tpu", Autoregressive(), "auto"),
+        ("tpu", DRAFTING, "auto"),
+        ("gpu", DRAFTING, "auto"),
+        ("tpu", DRAFTING, "int8"),
+        ("gpu", Autoregressive(), "int8"),
+    ],
+    ids=str,
 )
-def test_decoding_by_either_gives_the_same_tokens(platform, strategy):
+def test_decoding_by_either_gives_the_same_tokens(platform, strategy, cache):
     """The whole of prefill and loop, rows of several lengths, kernels simulated (races are looked for elsewhere)."""
     config = dataclasses.replace(TINY, num_layers=2, head_width=64, tie_embeddings=False)
     weights = decoder_weights(random_params(config), jnp.float32)
@@ -145,7 +177,7 @@ def test_decoding_by_either_gives_the_same_tokens(platform, strategy):
         tokens[row, :length] = np.random.default_rng(row).integers(1, 300, length)
 
     def decoded(name):
-        shape = DecodeShape(2, 16, 64, 16, 1, name)
+        shape = DecodeShape(2, 16, 64, 16, 1, name, cache)
         prefill, loop = (p.compile() for p in lower_decoding(weights, config, strategy, shape))
         limit, stop, pause = jnp.int32(8), jnp.array([-1]), Pause(jnp.int32(100), jnp.int32(1))
         state = prefill(weights, tokens, lengths, limit, stop, Greedy())

@@ -51,9 +51,11 @@ def test_choice(setting, platform, change, expected):
     assert str(kv_cache.choose(setting, platform, USE._replace(**change))) == expected
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 20])
+@pytest.mark.parametrize(
+    ("tokens", "dtype"), [(1, "float32"), (5, "float32"), (20, "float32"), (5, "int8"), (20, "int8")]
+)
 @pytest.mark.parametrize("platform", SIMULATED)
-def test_each_device_has_its_own_heads(platform, tokens, mesh):
+def test_each_device_has_its_own_heads(platform, tokens, dtype, mesh):
     """Filled, written and attended to, with more tokens than the kernels take, too: as plain JAX on one device."""
     rng = np.random.default_rng(tokens)
     random = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
@@ -61,7 +63,7 @@ def test_each_device_has_its_own_heads(platform, tokens, mesh):
     positions = np.array([9, 4], np.int32)
 
     def attended(name, sharding, q, prompt, new):
-        cache = kv_cache.init_layer_cache(2, 4, 80, 64, jnp.float32, name, sharding)
+        cache = kv_cache.init_layer_cache(2, 4, 80, 64, dtype, name, sharding)
         cache = kv_cache.write(kv_cache.fill(cache, *prompt), *new, positions)
         return kv_cache.attend(q, cache, positions), cache
 
@@ -75,19 +77,24 @@ def test_each_device_has_its_own_heads(platform, tokens, mesh):
         for leaf in jax.tree.leaves(cache):
             assert {part.data.shape[1] for part in leaf.addressable_shards} == {2}
         np.testing.assert_allclose(mixed, plain, rtol=1e-5, atol=1e-6)
-        packed = np.concatenate(jax.tree.leaves(cache), axis=3)[:, :, :80]
-        np.testing.assert_array_equal(packed, np.concatenate(held, axis=3))
+        for ours, theirs in zip(kv_cache.numbers(cache), kv_cache.numbers(held), strict=True):
+            np.testing.assert_array_equal(ours[:, :, :80], theirs)
 
 
 CONFIG = dataclasses.replace(TINY, num_layers=2, head_width=64, tie_embeddings=False)
 
 
 @pytest.mark.parametrize(
-    ("platform", "strategy"),
-    [("tpu", SelfSpeculative(1, 2)), ("gpu", SelfSpeculative(1, 2)), ("gpu", Autoregressive())],
+    ("platform", "strategy", "numbers"),
+    [
+        ("tpu", SelfSpeculative(1, 2), "auto"),
+        ("gpu", SelfSpeculative(1, 2), "auto"),
+        ("gpu", Autoregressive(), "auto"),
+        ("gpu", SelfSpeculative(1, 2), "int8"),
+    ],
     ids=str,
 )
-def test_decoding_on_two_devices_gives_the_tokens_of_one(platform, strategy, mesh):
+def test_decoding_on_two_devices_gives_the_tokens_of_one(platform, strategy, numbers, mesh):
     """The whole of prefill and loop, rows of several lengths."""
     params = random_params(CONFIG)
     tokens, lengths = np.zeros((2, 16), np.int32), np.array([3, 12], np.int32)
@@ -96,7 +103,7 @@ def test_decoding_on_two_devices_gives_the_tokens_of_one(platform, strategy, mes
 
     def decoded(name, params):
         weights = decoder_weights(params, jnp.float32)
-        shape = DecodeShape(2, 16, 64, 16, 1, name)
+        shape = DecodeShape(2, 16, 64, 16, 1, name, numbers)
         layout = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
         prefill, loop = (p.compile() for p in lower_decoding(layout, CONFIG, strategy, shape))
         limit, stop, pause = np.int32(8), np.array([-1], np.int32), Pause(np.int32(100), np.int32(1))
