@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels.kv_cache import gpu_attend
 from pallas_kernels.kv_cache.gpu_attend import SPLIT, attend, partial_bytes, tiles
+from tests.kernels.expected import softmax_over
 from tests.kernels.interpreted import simulated_gpu
 
 C = 2 * SPLIT + 40  # the last block is no whole one
@@ -33,18 +34,6 @@ def run(q, k, v, positions):
         return np.asarray(jax.jit(lambda *arrays: attend(*arrays))(q, k, v, np.asarray(positions, np.int32)))
 
 
-def expected(q, k, v, positions):
-    """Query by query."""
-    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
-    mixed = np.zeros(q.shape)
-    for b, t, head, g in np.ndindex(q.shape[:-1]):
-        seen = positions[b] + t + 1
-        scores = k[b, head, :seen] @ q[b, t, head, g] / np.sqrt(q.shape[-1])
-        weights = np.exp(scores - scores.max())
-        mixed[b, t, head, g] = weights @ v[b, head, :seen] / weights.sum()
-    return mixed
-
-
 # KV heads, queries a KV head, head width, tokens.
 SHAPES = [
     ("float32", 1, 1, 64, 1),
@@ -66,7 +55,7 @@ def test_softmax_over_what_each_query_sees(dtype, heads, group, width, tokens):
     assert mixed.dtype == q.dtype
     tolerance = {"float32": 2e-6, "bfloat16": 1e-2}[dtype]
     np.testing.assert_allclose(
-        np.asarray(mixed, np.float64), expected(q, *cache, positions), atol=tolerance, rtol=tolerance
+        np.asarray(mixed, np.float64), softmax_over(q, *cache, positions), atol=tolerance, rtol=tolerance
     )
 
 
@@ -75,7 +64,7 @@ def test_any_length():
     rng = np.random.default_rng(0)
     positions = [*range(SPLIT - 34, SPLIT + 30)]
     q, cache = random(rng, len(positions), 3, 1, 2, 64), filled(rng, 1, 64, positions, 3, capacity=SPLIT + 40)
-    np.testing.assert_allclose(run(q, *cache, positions), expected(q, *cache, positions), atol=2e-6, rtol=2e-6)
+    np.testing.assert_allclose(run(q, *cache, positions), softmax_over(q, *cache, positions), atol=2e-6, rtol=2e-6)
 
 
 def test_a_token_that_overflowed_does_not_reach_those_before_it():
@@ -93,7 +82,7 @@ def test_large_scores():
     rng = np.random.default_rng(0)
     positions = [SPLIT + 100]
     q, cache = 100 * random(rng, 1, 2, 1, 2, 64), filled(rng, 1, 64, positions, 2)
-    np.testing.assert_allclose(run(q, *cache, positions), expected(q, *cache, positions), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(run(q, *cache, positions), softmax_over(q, *cache, positions), atol=1e-4, rtol=1e-4)
 
 
 def test_a_row_depends_neither_on_the_batch_nor_on_the_capacity():

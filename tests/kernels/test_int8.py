@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels.kv_cache import gpu_attend, gpu_write, reference, tpu_attend, tpu_write
 from pallas_kernels.kv_cache.int8 import Int8, dequantize, quantize
 from pallas_kernels.kv_cache.reference import LayerCache
+from tests.kernels.expected import softmax_over
 from tests.kernels.interpreted import simulated_gpu, simulated_tpu
 
 SPLIT = tpu_attend.SPLIT
@@ -189,16 +190,9 @@ def attend(platform, q, cache: LayerCache, positions):
         return np.asarray(jax.jit(lambda *arrays: tpu_attend.attend(*arrays))(q, packed(cache), positions))
 
 
-def softmax_over(q, cache: LayerCache, positions):
-    """Query by query, over what the stored numbers stand for."""
-    q, (k, v) = np.asarray(q, np.float64), (a.values * a.scale[..., None].astype(np.float64) for a in cache)
-    mixed = np.zeros(q.shape)
-    for b, t, head, g in np.ndindex(q.shape[:-1]):
-        seen = positions[b] + t + 1
-        scores = k[b, head, :seen] @ q[b, t, head, g] / np.sqrt(q.shape[-1])
-        weights = np.exp(scores - scores.max())
-        mixed[b, t, head, g] = weights @ v[b, head, :seen] / weights.sum()
-    return mixed
+def expected(q, cache: LayerCache, positions):
+    """Over what the stored numbers stand for."""
+    return softmax_over(q, *(a.values * a.scale[..., None].astype(np.float64) for a in cache), positions)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +219,9 @@ def test_softmax_over_what_each_query_sees(platform, dtype, heads, group, width,
     mixed = attend(platform, q, cache, positions)
     assert mixed.dtype == q.dtype
     tolerance = {"float32": 3e-6, "bfloat16": 1e-2}[dtype]
-    expected = softmax_over(q, cache, positions)
-    assert np.abs(expected).mean() > 0.1
-    np.testing.assert_allclose(np.asarray(mixed, np.float64), expected, atol=tolerance, rtol=tolerance)
+    wanted = expected(q, cache, positions)
+    assert np.abs(wanted).mean() > 0.1
+    np.testing.assert_allclose(np.asarray(mixed, np.float64), wanted, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("platform", ["plain", "gpu", "tpu"])

@@ -7,6 +7,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 
 from pallas_kernels.kv_cache.tpu_attend import SPLIT, attend, attend_bytes, last_split
+from tests.kernels.expected import softmax_over
 from tests.kernels.interpreted import simulated_tpu
 
 C = 2 * SPLIT + 64
@@ -30,16 +31,7 @@ def run(q, cache, positions):
 
 
 def expected(q, cache, positions):
-    """Query by query."""
-    q, cache = np.asarray(q, np.float64), np.asarray(cache, np.float64)
-    mixed = np.zeros(q.shape)
-    width = q.shape[-1]
-    for b, t, k, g in np.ndindex(q.shape[:-1]):
-        seen = cache[b, k, : positions[b] + t + 1]
-        scores = seen[:, :width] @ q[b, t, k, g] / np.sqrt(width)
-        weights = np.exp(scores - scores.max())
-        mixed[b, t, k, g] = weights @ seen[:, width:] / weights.sum()
-    return mixed
+    return softmax_over(q, *np.split(np.asarray(cache, np.float64), 2, axis=3), positions)
 
 
 # KV heads, queries a KV head, head width, tokens.
