@@ -82,7 +82,7 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Pins the layout of an activation when a mesh is set (`jax.set_mesh`); without one, does nothing."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, free_spec(*logical_axes))
+    return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
 
 
 def tree_shardings(tree, mesh: Mesh):
