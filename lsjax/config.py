@@ -59,6 +59,8 @@ class LayerSkipConfig:
     first exits, the cheapest to draft with, weigh next to nothing).
     `exit_distillation`: beside the cross-entropy of each early exit, this much of its KL divergence from the last
     layer's own distribution, gradient stopped (not in the paper; EESD, arXiv 2406.03853). 0 is the paper.
+    `exit_time_schedule`: "constant" (the paper), or "linear": early exits, and so what they learn from the last layer,
+    count from nothing up to their full share over the run (after PS-KD, arXiv 2006.12000).
     `exit_first`: exit layers below it are not trained (1 is the paper; asking the first layers of a pretrained model
     to predict costs its last layer dear). `exit_last`: nor are those above it, but for the last layer (0: all are):
     exits that will not draft need not learn to.
@@ -76,6 +78,7 @@ class LayerSkipConfig:
     exit_rotation: int = 8
     exit_weight_floor: float = 0.0
     exit_distillation: float = 0.0
+    exit_time_schedule: str = "constant"
     exit_first: int = 1
     exit_last: int = 0
     exit_token_stride: int = 1
@@ -102,7 +105,8 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """`batch_size`: sequences a step over all hosts. `compute_dtype`: "auto" is float32 on CPU, else bfloat16.
+    """`batch_size`: sequences a step over all hosts. `compute_dtype`: "auto" is bfloat16, on a CPU only where
+    it has instructions for it, else float32; there it is the factors of products that are rounded to it.
     `attention`: "auto" is flash attention where the platform has it, "flash" insists on it, "plain" avoids it.
     `rematerialize`: what the backward pass recomputes to save memory, from "none" over "elementwise" and
     "feed_forward" to "layer" (all but each layer's input). `loss_chunk`: tokens of a device whose logits exist at once.
@@ -262,6 +266,7 @@ def _check_layerskip(s: LayerSkipConfig) -> None:
     )
     _choice("config.layerskip.dropout_granularity", s.dropout_granularity, ("sample", "subset", "batch"))
     _choice("config.layerskip.exit_curriculum", s.exit_curriculum, ("none", "rotational", "gradual", "all"))
+    _choice("config.layerskip.exit_time_schedule", s.exit_time_schedule, ("constant", "linear"))
     _require(0 <= s.exit_scale <= 1, f"config.layerskip.exit_scale must be in [0, 1], got {s.exit_scale}")
     _positive("layerskip", s, "dropout_groups", "exit_rotation", "exit_token_stride", "exit_first")
     d, floor = s.exit_distillation, s.exit_weight_floor

@@ -113,6 +113,7 @@ def tiny_run(text_folder) -> Config:
             warmup_steps=2,
             log_every_steps=1,
             loss_chunk=64,
+            compute_dtype="float32",  # "auto" is what this processor is good at
         ),
         checkpoint=dataclasses.replace(config.checkpoint, every_steps=5),
         evaluation=dataclasses.replace(config.evaluation, every_steps=6, max_batches=2),
@@ -128,3 +129,13 @@ def process_environment(**more: str) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
     return os.environ | cache | more
+
+
+def weight_products(jaxpr) -> list:
+    """The products in a program and what it calls, but for those of attention, which are batched."""
+    products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general" and not e.params["dimension_numbers"][1][0]]
+    is_program = lambda a: hasattr(a, "eqns")  # noqa: E731 (open ones; closed ones hold them)
+    for eqn in jaxpr.eqns:
+        held = [getattr(a, "jaxpr", a) for a in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program)]
+        products += [product for inner in held if is_program(inner) for product in weight_products(inner)]
+    return products

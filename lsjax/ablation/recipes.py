@@ -52,6 +52,7 @@ def recipes(num_layers: int) -> dict[str, Recipe]:
         "exit_distillation": 10.0,
         "exits_train_head": False,
     }
+    growing = {"exit_time_schedule": "linear", "exit_distillation": 30.0, "exits_train_head": True}
     skipped = {"dropout_granularity": "batch", "dropout_max_rate": 0.5} | successor
     both = dropout | exits
     listed = [
@@ -71,6 +72,11 @@ def recipes(num_layers: int) -> dict[str, Recipe]:
         Recipe("focused-light", "and with a floor of 0.1", exits | distilled | focused | light),
         Recipe(
             "half-distilled", "one exit, at half depth: floor 0.1, KL 10, own head", exits | distilled | one | light
+        ),
+        Recipe(
+            "half-growing",
+            "one exit, at half depth, growing over the run with KL 30; successor's dropout",
+            exits | distilled | one | light | growing | dropout | successor,
         ),
         Recipe(
             "focused-skipping",

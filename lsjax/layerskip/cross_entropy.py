@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lsjax.model.matmul import rounded, sum_over_rows
 from lsjax.model.transformer import Params, project_vocabulary
 
 
@@ -91,12 +92,14 @@ def charge(
         pull = raised * (1.0 + distillation + 2.0 * z_loss * log_normalizer)[..., None]
     if distillation:
         pull -= distillation * normalizer[..., None] * teacher.probabilities
-    pull = jnp.where(hit, pull - normalizer[..., None], pull).astype(x.dtype)
+    pull = rounded(jnp.where(hit, pull - normalizer[..., None], pull).astype(x.dtype))
     scale = (weight * text.weights / normalizer)[..., None]
     ((name, matrix),) = head.items()
     axes = "dv" if name == "lm_head" else "vd"
-    of_states = scale * jnp.einsum(f"bsv,{axes}->bsd", pull, matrix, preferred_element_type=jnp.float32)
+    of_states = scale * jnp.einsum(f"bsv,{axes}->bsd", pull, rounded(matrix), preferred_element_type=jnp.float32)
     if not head_learns:
         return Charge(objective, cross_entropy, None, of_states)
-    of_head = jnp.einsum(f"bsv,bsd->{axes}", pull, (scale * x).astype(x.dtype), preferred_element_type=jnp.float32)
+    scaled = (scale * x).astype(x.dtype)
+    factors = (scaled, pull) if name == "lm_head" else (pull, scaled)
+    of_head = sum_over_rows(*factors, 2, jnp.float32)
     return Charge(objective, cross_entropy, {name: of_head}, of_states)

@@ -39,16 +39,29 @@ def _floor_of_ratio(step: jax.Array, numerator: int, denominator: int) -> jax.Ar
     return jnp.sum(step >= jnp.asarray(thresholds, jnp.int32)) if thresholds else jnp.int32(0)
 
 
-def exit_weights(num_layers: int, exit_scale: float, active: jax.Array, floor: float = 0.0) -> jax.Array:
+def exit_growth(schedule: str, step: jax.Array | int, total_steps: int) -> jax.Array | float:
+    """G(t), by which the early exits' shares are multiplied: "constant" 1, "linear" t/(T-1). A last layer that knows
+    little yet is a poor teacher (PS-KD, arXiv 2006.12000, whose teacher counts linearly more)."""
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return jnp.asarray(step, jnp.float32) / max(total_steps - 1, 1)
+    raise ValueError(f"unknown time schedule of exits {schedule!r}")
+
+
+def exit_weights(
+    num_layers: int, exit_scale: float, active: jax.Array, floor: float = 0.0, growth: jax.Array | float = 1.0
+) -> jax.Array:
     """w(t, l) of Eq. 6: float32 [L], zero where inactive, summing to 1.
 
     e(l) = e_scale l(l+1)/2 for l < L-1, and e(L-1) = (L-1) + e_scale (L-2)(L-1)/2. A model of one layer has
-    e(0) = 0 by that formula; its only exit gets the whole weight. `floor` (not in the paper, whose first exits
-    weigh next to nothing) raises every e(l) to at least that share of e(L-1).
+    e(0) = 0 by that formula; its only exit gets the whole weight. Not in the paper, whose first exits weigh next to
+    nothing: `floor` raises every e(l) to at least that share of e(L-1), and `growth` multiplies all but e(L-1).
     """
     layer = jnp.arange(num_layers, dtype=jnp.float32)
     last = num_layers - 1
     scale = exit_scale * layer * (layer + 1) / 2
     scale = scale.at[last].set(max(last + exit_scale * (last - 1) * last / 2, 1.0 if last == 0 else 0.0))
-    scale = jnp.where(active, jnp.maximum(scale, floor * scale[last]), 0.0)
+    early = growth * jnp.maximum(scale, floor * scale[last])
+    scale = jnp.where(active, early.at[last].set(scale[last]), 0.0)
     return scale / jnp.sum(scale)

@@ -19,10 +19,21 @@ def matmul(x: jax.Array, weight: jax.Array | LaidOut, axes: int = 1, out_dtype: 
     return _product(x, weight, axes, out_dtype)
 
 
+def rounds() -> bool:
+    """Whether products take float32 as bfloat16: inside `jax.default_matmul_precision("bfloat16")`. A TPU does so by
+    itself, XLA:CPU does not."""
+    return jax.config.jax_default_matmul_precision == "bfloat16"
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """A factor as products take it."""
+    return x.astype(jnp.bfloat16) if rounds() and x.dtype == jnp.float32 else x
+
+
 # Not an einsum, which would contract axes in another order: XLA would transpose the weight for it, every time.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x: jax.Array, weight: jax.Array, axes: int, out_dtype: jnp.dtype | None) -> jax.Array:
-    return jnp.tensordot(x, weight, axes, preferred_element_type=out_dtype)
+    return jnp.tensordot(rounded(x), rounded(weight), axes, preferred_element_type=out_dtype or x.dtype)
 
 
 def _product_forward(x, weight, axes, out_dtype):
@@ -32,10 +43,22 @@ def _product_forward(x, weight, axes, out_dtype):
 def _product_backward(axes, out_dtype, inputs, gradient):
     """The gradient of the weight comes out as the weight lies. JAX's own is its transpose, which XLA:CPU copies."""
     x, weight = inputs
-    outputs, rows = weight.ndim - axes, tuple(range(x.ndim - axes))
+    outputs = weight.ndim - axes
     last = lambda a: tuple(range(a.ndim - outputs, a.ndim))  # noqa: E731
-    of_x = jnp.tensordot(gradient, weight, (last(gradient), last(weight)))
-    return of_x.astype(x.dtype), jnp.tensordot(x, gradient, (rows, rows)).astype(weight.dtype)
+    axes_of_outputs = last(gradient), last(weight)
+    of_x = jnp.tensordot(rounded(gradient), rounded(weight), axes_of_outputs, preferred_element_type=gradient.dtype)
+    of_weight = sum_over_rows(x, gradient, x.ndim - axes, gradient.dtype)
+    return of_x.astype(x.dtype), of_weight.astype(weight.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def sum_over_rows(a: jax.Array, b: jax.Array, rows: int, out_dtype: jnp.dtype) -> jax.Array:
+    """a [..., I...] and b [..., O...] -> [I..., O...], summed over their first `rows` axes: a weight's gradient."""
+    if not rounds():
+        return jnp.tensordot(a, b, (tuple(range(rows)),) * 2, preferred_element_type=out_dtype)
+    # XLA:CPU has a bfloat16 product of rows with columns only. Transposed as a matrix, a would be turned back.
+    a, b = rounded(a), rounded(b)
+    columns = jnp.moveaxis(a, range(rows), range(a.ndim - rows, a.ndim)).reshape(*a.shape[rows:], -1)
+    return jnp.tensordot(columns, b.reshape(-1, *b.shape[rows:]), 1, preferred_element_type=out_dtype)

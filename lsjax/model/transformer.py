@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lsjax.config import ModelConfig
 from lsjax.model.attention import AttentionFunction, plain_attention
 from lsjax.model.layers import DecoderLayer, RMSNorm
-from lsjax.model.matmul import matmul
+from lsjax.model.matmul import matmul, rounded
 from lsjax.model.rematerialize import rematerialized
 from lsjax.model.rope import rotation
 from lsjax.model.subset import Update, subset_update
@@ -54,7 +54,7 @@ def project_vocabulary(params: Params, x: jax.Array) -> jax.Array:
     """Normed states [..., D] -> float32 logits [..., V]. The embedding is the head when there is no lm_head."""
     if "lm_head" in params:
         return matmul(x, params["lm_head"], out_dtype=jnp.float32)
-    return jnp.einsum("...d,vd->...v", x, params["embed"], preferred_element_type=jnp.float32)
+    return jnp.einsum("...d,vd->...v", rounded(x), rounded(params["embed"]), preferred_element_type=jnp.float32)
 
 
 def exit_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:

@@ -10,6 +10,7 @@ from lsjax.data.batch import Batch
 from lsjax.errors import UserError
 from lsjax.interop.hf_config import model_config_to_hf
 from lsjax.interop.huggingface import stored_tensors
+from lsjax.model.execution import choose_execution
 from lsjax.model.transformer import Params
 from lsjax.training.optimizer import learning_rate_schedule
 from lsjax.training.step import Recipe, layer_mask_at, recipe_at
@@ -32,13 +33,15 @@ def turn_at(step: int, batch: Batch, config: Config) -> Turn:
 
 
 class TorchTraining:
-    """float32 on this CPU. `compiled`: layers and losses by torch.compile. Raises UserError when PyTorch is not
-    installed, or for settings that it has no counterpart of here."""
+    """On this CPU, in float32; by PyTorch's own mixed precision where our products are of bfloat16. `compiled`: layers
+    and losses by torch.compile. Raises UserError when PyTorch is not installed, or for settings that it has no
+    counterpart of here."""
 
     def __init__(self, config: Config, params: Params, compiled: bool = False):
         self.torch, transformers = _import()
         _check(config)
         self.config, t = config, config.training
+        self.mixed = choose_execution(config, "cpu").product_dtype == "bfloat16"
         shape = transformers.LlamaConfig(**model_config_to_hf(config.model), attn_implementation="sdpa")
         self.model = transformers.LlamaForCausalLM(shape).float().train()
         tensors = {name: self.torch.tensor(read()) for name, read, _ in stored_tensors(config.model, params)}
@@ -59,7 +62,8 @@ class TorchTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = turn.learning_rate
         self.optimizer.zero_grad(set_to_none=False)
-        loss = self._loss(turn)
+        with self.torch.autocast("cpu", self.torch.bfloat16, enabled=self.mixed):
+            loss = self._loss(turn)
         loss.backward()
         self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.gradient_clip)
         self.optimizer.step()
@@ -104,7 +108,7 @@ class TorchTraining:
     def _charge(self, x, targets, teacher):
         """Of each token: cross-entropy + distillation KL(teacher || exit); and log-probabilities [tokens, V]."""
         functional = self.torch.nn.functional
-        log_p = functional.log_softmax(self.model.lm_head(self.model.model.norm(x)), dim=-1)
+        log_p = functional.log_softmax(self.model.lm_head(self.model.model.norm(x)).float(), dim=-1)
         each = functional.nll_loss(log_p, targets, reduction="none")
         if teacher is not None:
             divergence = functional.kl_div(log_p, teacher, reduction="none", log_target=True).sum(-1)

@@ -13,7 +13,7 @@ from lsjax.config import Config, LayerSkipConfig
 from lsjax.data.batch import Batch
 from lsjax.errors import UserError
 from lsjax.layerskip.dropout import draw_layer_mask, layer_dropout_rates, subset_pieces
-from lsjax.layerskip.exits import exit_curriculum, exit_weights
+from lsjax.layerskip.exits import exit_curriculum, exit_growth, exit_weights
 from lsjax.layerskip.loss import multi_exit_loss
 from lsjax.model.execution import COMPILER_OPTIONS, Execution, choose_execution
 from lsjax.model.transformer import Params, head_matrix, init_params
@@ -57,7 +57,8 @@ def recipe_at(step: jax.Array | int, config: Config) -> Recipe:
     active = exit_curriculum(s.exit_curriculum, layers, step, total, s.exit_rotation)
     exit_layer = 1 + jnp.arange(layers)
     active &= (exit_layer >= s.exit_first) & (exit_layer <= (s.exit_last or layers)) | (exit_layer == layers)
-    return Recipe(rates, active, exit_weights(layers, s.exit_scale, active, s.exit_weight_floor))
+    growth = exit_growth(s.exit_time_schedule, step, total)
+    return Recipe(rates, active, exit_weights(layers, s.exit_scale, active, s.exit_weight_floor, growth))
 
 
 def init_state(config: Config) -> TrainState:
@@ -135,7 +136,10 @@ def mean_gradients(
 
     def microbatch(index, part):
         mask = layer_mask_at(state.step, index, recipe, config)
-        (loss, exit_losses), gradients = gradient_of(state.params, part, recipe, state.step, mask, config, execution)
+        with execution.products():
+            (loss, exit_losses), gradients = gradient_of(
+                state.params, part, recipe, state.step, mask, config, execution
+            )
         return gradients, loss, exit_losses
 
     if t.gradient_accumulation == 1:

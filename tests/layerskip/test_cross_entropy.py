@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lsjax.layerskip.cross_entropy import Penalties, Teacher, Text, charge, read_teacher
+from tests.conftest import weight_products
 
 WEIGHT = 0.6
 
@@ -48,15 +49,31 @@ def charged(head, states, teacher, targets, weights, penalties, **options):
     "penalties", [Penalties(), Penalties(z_loss=0.3), Penalties(0.7), Penalties(0.7, 0.3)], ids=str
 )
 def test_value_and_gradient_are_those_of_the_formula(name, penalties):
+    check(name, penalties, value_rtol=1e-5, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed"])
+def test_products_of_bfloat16_are_near_the_formula(name):
+    with jax.default_matmul_precision("bfloat16"):
+        check(name, Penalties(0.7, 0.3), value_rtol=5e-3, rtol=0.03, atol=0.15)
+        head, *rest = problem(name)
+        jaxpr = jax.make_jaxpr(lambda h: charged(h, *rest, Penalties(0.7)))(head)
+    products = weight_products(jaxpr.jaxpr)
+    assert len(products) == 4  # of the teacher; of the states, and both gradients
+    assert {v.aval.dtype.name for eqn in products for v in eqn.invars} == {"bfloat16"}
+    assert {eqn.outvars[0].aval.dtype.name for eqn in products} == {"float32"}
+
+
+def check(name, penalties, value_rtol, rtol, atol):
     head, states, teacher, *text = problem(name)
     ours = charged(head, states, teacher, *text, penalties)
     taught = logits_of(head, teacher)  # held fixed: the teacher has no gradient
     value = lambda h, x: formula(logits_of(h, x), taught, *text, penalties)  # noqa: E731
-    np.testing.assert_allclose([ours.objective, ours.cross_entropy], value(head, states), rtol=1e-5)
+    np.testing.assert_allclose([ours.objective, ours.cross_entropy], value(head, states), rtol=value_rtol)
     of_head = differences(lambda matrix: value({name: matrix}, states)[0], head[name])
     of_states = differences(lambda x: value(head, x)[0], states)
-    np.testing.assert_allclose(ours.of_head[name], of_head, rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(ours.of_states, of_states, rtol=1e-3, atol=1e-5)
+    for gradient, expected in ((ours.of_head[name], of_head), (ours.of_states, of_states)):
+        np.testing.assert_allclose(gradient, expected, rtol=rtol, atol=atol)
 
 
 def differences(function, at, step=1e-5):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.layerskip.exits import exit_curriculum, exit_weights
+from lsjax.layerskip.exits import exit_curriculum, exit_growth, exit_weights
 
 
 def paper_weights(num_layers, scale, active):
@@ -37,6 +37,15 @@ def test_the_floor_lifts_small_exits_and_nothing_else():
     active = jnp.array([True, True, False, True, True])
     # e = [0, 1, 3, 6, 4 + 6] at e_scale 1; a floor of 0.25 lifts the first two to 2.5.
     np.testing.assert_allclose(exit_weights(5, 1.0, active, floor=0.25), np.array([2.5, 2.5, 0, 6, 10]) / 21, rtol=1e-6)
+
+
+def test_growth_scales_what_is_not_the_last_layers():
+    active = jnp.array([True, True, False, True, True])
+    weights = exit_weights(5, 1.0, active, floor=0.25, growth=jnp.float32(0.4))
+    np.testing.assert_allclose(weights, np.array([1.0, 1.0, 0, 2.4, 10]) / 14.4, rtol=1e-6)
+    growths = [float(exit_growth("linear", step, 401)) for step in (0, 100, 400)]
+    np.testing.assert_allclose(growths, [0, 0.25, 1])
+    assert exit_growth("constant", 7, 401) == 1.0
 
 
 def test_one_layer_has_all_the_weight():

@@ -1,5 +1,7 @@
 """The gradient of the layers' products, written by hand, against float64 numpy on the definition."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from lsjax.model.matmul import matmul
 
 
+@pytest.mark.parametrize("rounded", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("axes", "definition", "shapes"),
     [
@@ -16,11 +19,16 @@ from lsjax.model.matmul import matmul
         (3, "sabc,abce->se", [(3, 2, 4, 5), (2, 4, 5, 6), (3, 6)]),
     ],
 )
-def test_the_gradient_is_that_of_the_sum(axes, definition, shapes):
+def test_the_gradient_is_that_of_the_sum(axes, definition, shapes, rounded):
+    """Rounded factors are asked for by JAX's own setting; sums of their products are float32."""
     x, weight, gradient = (np.random.default_rng(0).normal(size=shape) for shape in shapes)
     inputs, kernel, outputs = definition.replace("->", ",").split(",")
-    out, pullback = jax.vjp(lambda *p: matmul(*p, axes), jnp.float32(x), jnp.float32(weight))
-    of_x, of_weight = pullback(jnp.float32(gradient))
+    with jax.default_matmul_precision("bfloat16") if rounded else contextlib.nullcontext():
+        out, pullback = jax.vjp(lambda *p: matmul(*p, axes), jnp.float32(x), jnp.float32(weight))
+        of_x, of_weight = pullback(jnp.float32(gradient))
+    assert {a.dtype for a in (out, of_x, of_weight)} == {np.dtype("float32")}
+    if rounded:
+        x, weight, gradient = (a.astype(jnp.bfloat16).astype(float) for a in (x, weight, gradient))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
     close(out, np.einsum(definition, x, weight))
     close(of_x, np.einsum(f"{outputs},{kernel}->{inputs}", gradient, weight))

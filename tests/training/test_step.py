@@ -16,6 +16,7 @@ from lsjax.scale.sharding import make_mesh
 from lsjax.training import step as step_module
 from lsjax.training.optimizer import learning_rate_schedule, make_optimizer
 from lsjax.training.step import init_state, make_train_step, recipe_at, state_shardings, train_step
+from tests.conftest import weight_products
 
 
 def replace(config, **sections):
@@ -131,6 +132,11 @@ def test_the_recipe_is_that_of_the_step(tiny_run):
     np.testing.assert_allclose(recipe.exit_weights, [0, 0.2 / (0.2 + 3.6), 0, 3.6 / (0.2 + 3.6)], rtol=1e-5)
 
 
+def test_exits_may_grow_over_the_run(tiny_run):
+    config = replace(tiny_run, layerskip={"exit_time_schedule": "linear"}, training={"total_steps": 9})
+    np.testing.assert_allclose(recipe_at(4, config).exit_weights, [0, 0.1 / 3.7, 0, 3.6 / 3.7], rtol=1e-5)
+
+
 @functools.cache
 def single_device(config):
     return run_steps(config, MeshConfig(1, 1, 1), devices=jax.devices()[:1])[1]
@@ -151,6 +157,23 @@ def test_any_mesh_gives_the_losses_of_one_device(tiny_run, mesh, granularity):
         np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
         np.testing.assert_allclose(ours.exit_losses, theirs.exit_losses, rtol=1e-5)
         np.testing.assert_allclose(ours.gradient_norm, theirs.gradient_norm, rtol=1e-4)
+
+
+def test_on_a_cpu_bfloat16_is_that_of_products(tiny_run):
+    """Every product with weights, forward and backward, multiplies bfloat16 and adds float32; on a mesh too."""
+    config = replace(tiny_run, training={"compute_dtype": "bfloat16"})
+    products = weight_products(
+        jax.make_jaxpr(lambda *a: train_step(*a, config=config))(init_state(config), make_batch(config))
+    )
+    assert len(products) > 12
+    assert {v.aval.dtype.name for eqn in products for v in eqn.invars} == {"bfloat16"}
+    assert {eqn.outvars[0].aval.dtype.name for eqn in products} == {"float32"}
+    exact, near, sharded = single_device(tiny_run), single_device(config), run_steps(config, MeshConfig(2, 2, 2))[1]
+    for reference, one, many in zip(exact, near, sharded, strict=True):
+        assert reference.loss != one.loss
+        np.testing.assert_allclose(one.loss, reference.loss, rtol=1e-2)
+        np.testing.assert_allclose(one.gradient_norm, reference.gradient_norm, rtol=2e-2)
+        np.testing.assert_allclose(many.loss, one.loss, rtol=1e-3)
 
 
 def test_a_step_on_a_subset_is_that_of_its_mask(tiny_run, monkeypatch):
