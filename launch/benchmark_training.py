@@ -7,9 +7,9 @@
 
 Random parameters and random words, on one device: no corpus is read and nothing is kept. PyTorch takes the Llama of
 transformers (its attention by scaled_dot_product_attention), AdamW fused, the same weights, batches, dropped layers,
-exits and learning rates, on the CPU: in float32, or by its own mixed precision where ours multiplies bfloat16
-(--config.training.compute_dtype says which). All take each step in turns; "loss" of the first step and of the last
-say that it is the same step: they agree to rounding, which training then magnifies.
+exits and learning rates, on the CPU: in float32, or where our products are of bfloat16 by its own mixed precision,
+which rounds attention and logits too (--config.training.compute_dtype says which). All take each step in turns; "loss"
+of the first step and of the last say that it is the same step: they agree to rounding, which training then magnifies.
 """
 
 import json

@@ -106,7 +106,7 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """`batch_size`: sequences a step over all hosts. `compute_dtype`: "auto" is bfloat16, on a CPU only where
-    it has instructions for it, else float32; there it is the factors of products that are rounded to it.
+    it has instructions for it, else float32; there products with weights are rounded to it and nothing else.
     `attention`: "auto" is flash attention where the platform has it, "flash" insists on it, "plain" avoids it.
     `rematerialize`: what the backward pass recomputes to save memory, from "none" over "elementwise" and
     "feed_forward" to "layer" (all but each layer's input). `loss_chunk`: tokens of a device whose logits exist at once.

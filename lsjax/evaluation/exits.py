@@ -45,7 +45,7 @@ def exit_profile(
     execution: Execution | None = None,
 ) -> ExitProfile:
     """Means over all the batches' learned tokens, at every `stride`-th exit and the last. execution: number type and
-    attention, as in training (None: those of the parameters, and plain)."""
+    attention, as in training (None: those of the parameters, and plain); products are never rounded."""
     exits = evaluated_exits(config.num_layers, stride)
     totals = [evaluate_batch(params, batch, config, exits, execution) for batch in batches]
     loss, right, agree, tokens = (np.sum([np.asarray(t[i], np.float64) for t in totals], axis=0) for i in range(4))

@@ -1,6 +1,5 @@
 """How a step runs on a platform: number type, attention, compiler options. The mathematics stays the same."""
 
-import contextlib
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -11,30 +10,28 @@ import jax.numpy as jnp
 from lsjax.config import Config
 from lsjax.model.flash import Attention, choose_attention
 
+CPU_INFO = Path("/proc/cpuinfo")  # of Linux
+
 
 class Execution(NamedTuple):
-    """`compute_dtype`: of parameters and states; `product_dtype`: what the factors of products are rounded to."""
+    """`compute_dtype`: of parameters and states; `rounds_products`: whether products with weights are of bfloat16 all
+    the same (lsjax/model/matmul.py, `rounding_products`)."""
 
     compute_dtype: jnp.dtype
     attention: Attention
-    product_dtype: jnp.dtype
+    rounds_products: bool = False
 
     def __str__(self) -> str:
-        products = "" if self.product_dtype == self.compute_dtype else f" with products of {self.product_dtype}"
+        products = " with products of bfloat16" if self.rounds_products else ""
         reason = "" if self.attention.name != "plain" else f" ({self.attention.reason})"
         return f"{self.compute_dtype}{products}, {self.attention.name} attention{reason}"
-
-    def products(self) -> contextlib.AbstractContextManager:
-        """Inside it, the program that is traced has such products."""
-        name = None if self.product_dtype == self.compute_dtype else str(self.product_dtype)
-        return jax.default_matmul_precision(name) if name else contextlib.nullcontext()
 
 
 def choose_execution(config: Config, platform: str | None = None) -> Execution:
     """For the platform ("cpu", "gpu", "tpu") that the step will run on; None is that of this process.
 
     "auto" is bfloat16, with float32 master weights, but on a CPU without instructions for it: there it is float32. On a
-    CPU bfloat16 means the factors of products; states between them, which XLA:CPU would turn into float32 for every
+    CPU bfloat16 means the factors of products with weights; states, which XLA:CPU would turn into float32 for every
     operation, stay float32.
     """
     platform = platform or jax.default_backend()
@@ -45,14 +42,14 @@ def choose_execution(config: Config, platform: str | None = None) -> Execution:
     attention = choose_attention(
         config.training.attention, platform, dtype, config.model.head_width, config.training.sequence_length
     )
-    return Execution(dtype, attention, jnp.dtype(name))
+    return Execution(dtype, attention, rounds_products=name != dtype)
 
 
 @functools.cache
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this machine's x86 processor has AVX-512's products of bfloat16, twice as fast as float32's."""
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = CPU_INFO.read_text()
     except OSError:  # no Linux
         return False
     return "avx512_bf16" in flags

@@ -19,15 +19,14 @@ def matmul(x: jax.Array, weight: jax.Array | LaidOut, axes: int = 1, out_dtype: 
     return _product(x, weight, axes, out_dtype)
 
 
-def rounds() -> bool:
-    """Whether products take float32 as bfloat16: inside `jax.default_matmul_precision("bfloat16")`. A TPU does so by
-    itself, XLA:CPU does not."""
-    return jax.config.jax_default_matmul_precision == "bfloat16"
+# Inside `rounding_products(True)`, float32 states times weights are traced as products of bfloat16 with float32 sums.
+# JAX's own matmul precision is for the accelerators' compilers: XLA:CPU ignores it.
+rounding_products = jax.make_user_context(False)
 
 
 def rounded(x: jax.Array) -> jax.Array:
-    """A factor as products take it."""
-    return x.astype(jnp.bfloat16) if rounds() and x.dtype == jnp.float32 else x
+    """A factor as products with weights take it."""
+    return x.astype(jnp.bfloat16) if rounding_products.value and x.dtype == jnp.float32 else x
 
 
 # Not an einsum, which would contract axes in another order: XLA would transpose the weight for it, every time.
@@ -56,7 +55,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 def sum_over_rows(a: jax.Array, b: jax.Array, rows: int, out_dtype: jnp.dtype) -> jax.Array:
     """a [..., I...] and b [..., O...] -> [I..., O...], summed over their first `rows` axes: a weight's gradient."""
-    if not rounds():
+    if not rounding_products.value:
         return jnp.tensordot(a, b, (tuple(range(rows)),) * 2, preferred_element_type=out_dtype)
     # XLA:CPU has a bfloat16 product of rows with columns only. Transposed as a matrix, a would be turned back.
     a, b = rounded(a), rounded(b)

@@ -55,6 +55,9 @@ def train(config: Config, workdir: str | Path, *, verbose: bool = True, profile_
     workdir = Path(workdir)
     hosts.check_same(config.to_dict(), "config")
     mesh = make_mesh(config.mesh)
+    hosts.check_same(
+        {"auto": str(choose_execution(config, mesh.devices.flat[0].platform))}, "config.training.compute_dtype"
+    )
     check_microbatch(config, mesh)
     hosts.leader_first(lambda: workdirs.check_free(workdir, config))
     shardings = state_shardings(config, mesh)

@@ -41,7 +41,7 @@ class TorchTraining:
         self.torch, transformers = _import()
         _check(config)
         self.config, t = config, config.training
-        self.mixed = choose_execution(config, "cpu").product_dtype == "bfloat16"
+        self.mixed = choose_execution(config, "cpu").rounds_products
         shape = transformers.LlamaConfig(**model_config_to_hf(config.model), attn_implementation="sdpa")
         self.model = transformers.LlamaForCausalLM(shape).float().train()
         tensors = {name: self.torch.tensor(read()) for name, read, _ in stored_tensors(config.model, params)}

@@ -16,6 +16,7 @@ from lsjax.layerskip.dropout import draw_layer_mask, layer_dropout_rates, subset
 from lsjax.layerskip.exits import exit_curriculum, exit_growth, exit_weights
 from lsjax.layerskip.loss import multi_exit_loss
 from lsjax.model.execution import COMPILER_OPTIONS, Execution, choose_execution
+from lsjax.model.matmul import rounding_products
 from lsjax.model.transformer import Params, head_matrix, init_params
 from lsjax.scale.sharding import batch_sharding, batch_ways, check_batch, tree_shardings
 from lsjax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
@@ -136,7 +137,7 @@ def mean_gradients(
 
     def microbatch(index, part):
         mask = layer_mask_at(state.step, index, recipe, config)
-        with execution.products():
+        with rounding_products(execution.rounds_products):
             (loss, exit_losses), gradients = gradient_of(
                 state.params, part, recipe, state.step, mask, config, execution
             )

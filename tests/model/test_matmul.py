@@ -1,13 +1,11 @@
 """The gradient of the layers' products, written by hand, against float64 numpy on the definition."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.model.matmul import matmul
+from lsjax.model.matmul import matmul, rounding_products
 
 
 @pytest.mark.parametrize("rounded", [False, True], ids=["float32", "bfloat16"])
@@ -20,10 +18,10 @@ from lsjax.model.matmul import matmul
     ],
 )
 def test_the_gradient_is_that_of_the_sum(axes, definition, shapes, rounded):
-    """Rounded factors are asked for by JAX's own setting; sums of their products are float32."""
+    """Of rounded factors too; sums of their products are float32."""
     x, weight, gradient = (np.random.default_rng(0).normal(size=shape) for shape in shapes)
     inputs, kernel, outputs = definition.replace("->", ",").split(",")
-    with jax.default_matmul_precision("bfloat16") if rounded else contextlib.nullcontext():
+    with rounding_products(rounded):
         out, pullback = jax.vjp(lambda *p: matmul(*p, axes), jnp.float32(x), jnp.float32(weight))
         of_x, of_weight = pullback(jnp.float32(gradient))
     assert {a.dtype for a in (out, of_x, of_weight)} == {np.dtype("float32")}

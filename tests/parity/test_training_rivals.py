@@ -45,7 +45,10 @@ def test_losses_are_ours_step_after_step(recipe, dtype, rtol):
     losses = np.array([(ours.step(turn), theirs.step(turn)) for turn in turns])
     np.testing.assert_allclose(losses[0, 1], losses[0, 0], rtol=rtol)
     np.testing.assert_allclose(losses[:, 1], losses[:, 0], rtol=10 * rtol)
-    assert theirs.mixed == (dtype == "bfloat16")
+    seen = []
+    theirs.model.lm_head.register_forward_hook(lambda module, inputs, logits: seen.append(str(logits.dtype)))
+    theirs.step(turns[0])
+    assert set(seen) == {f"torch.{dtype}"}
     assert losses[0, 0] - losses[-1, 0] > 0.05
 
 

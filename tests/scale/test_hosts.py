@@ -28,7 +28,7 @@ def get_config():
     config.layerskip.exit_rotation = 3
     config.data.update(corpus="{corpus}", held_out_fraction=0.2)
     config.training.update(total_steps=20, batch_size=8, sequence_length=32, warmup_steps=2, log_every_steps=1)
-    config.training.loss_chunk = 64
+    config.training.update(loss_chunk=64, compute_dtype="float32")
     config.mesh.update(data=2, fsdp=2, tensor=2)
     config.checkpoint.every_steps = 5
     config.evaluation.update(every_steps=10, max_batches=2)

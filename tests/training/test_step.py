@@ -159,21 +159,35 @@ def test_any_mesh_gives_the_losses_of_one_device(tiny_run, mesh, granularity):
         np.testing.assert_allclose(ours.gradient_norm, theirs.gradient_norm, rtol=1e-4)
 
 
-def test_on_a_cpu_bfloat16_is_that_of_products(tiny_run):
-    """Every product with weights, forward and backward, multiplies bfloat16 and adds float32; on a mesh too."""
-    config = replace(tiny_run, training={"compute_dtype": "bfloat16"})
-    products = weight_products(
-        jax.make_jaxpr(lambda *a: train_step(*a, config=config))(init_state(config), make_batch(config))
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)], ids=str)
+@pytest.mark.parametrize("granularity", ["batch", "subset"])
+def test_on_a_cpu_bfloat16_is_that_of_products(tiny_run, mesh, granularity):
+    """Every product with weights, forward and backward, multiplies bfloat16 and adds float32, and none does unasked."""
+    recipe = {"dropout_granularity": granularity, "dropout_groups": 1, "dropout_max_rate": 0.5}
+    config = replace(tiny_run, layerskip=recipe, training={"gradient_accumulation": 2, "batch_size": 16})
+    for dtype in ("bfloat16", "float32"):
+        products = weight_products(traced_step(replace(config, training={"compute_dtype": dtype}), mesh))
+        assert len(products) > 12
+        assert {v.aval.dtype.name for eqn in products for v in eqn.invars} == {dtype}
+        assert {eqn.outvars[0].aval.dtype.name for eqn in products} == {"float32"}
+
+
+def traced_step(config, mesh_config):
+    mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.data * mesh_config.fsdp * mesh_config.tensor])
+    with jax.set_mesh(mesh), jax.default_matmul_precision("bfloat16"):  # which is not ours, and changes nothing
+        return make_train_step(config, mesh).trace(jax.eval_shape(lambda: init_state(config)), make_batch(config)).jaxpr
+
+
+def test_a_bfloat16_step_is_near_the_exact_one(tiny_run):
+    exact, near = (
+        jax.jit(functools.partial(train_step, config=replace(tiny_run, training={"compute_dtype": dtype})))(
+            init_state(tiny_run), make_batch(tiny_run)
+        )[0].optimizer
+        for dtype in ("float32", "bfloat16")
     )
-    assert len(products) > 12
-    assert {v.aval.dtype.name for eqn in products for v in eqn.invars} == {"bfloat16"}
-    assert {eqn.outvars[0].aval.dtype.name for eqn in products} == {"float32"}
-    exact, near, sharded = single_device(tiny_run), single_device(config), run_steps(config, MeshConfig(2, 2, 2))[1]
-    for reference, one, many in zip(exact, near, sharded, strict=True):
-        assert reference.loss != one.loss
-        np.testing.assert_allclose(one.loss, reference.loss, rtol=1e-2)
-        np.testing.assert_allclose(one.gradient_norm, reference.gradient_norm, rtol=2e-2)
-        np.testing.assert_allclose(many.loss, one.loss, rtol=1e-3)
+    for ours, theirs in zip(jax.tree.leaves(near), jax.tree.leaves(exact), strict=True):
+        if ours.ndim > 1:  # moments of matrices
+            assert 0 < np.linalg.norm(ours - theirs) < 0.02 * np.linalg.norm(theirs)
 
 
 def test_a_step_on_a_subset_is_that_of_its_mask(tiny_run, monkeypatch):
