@@ -43,8 +43,11 @@ def config(text_folder, tmp_path_factory):
     return path
 
 
-def start(config: Path, workdir: Path, processes: int, *flags, own_flags=None) -> list[subprocess.Popen]:
-    """launch/train.py as `processes` processes with DEVICES devices between them."""
+TRAIN = ROOT / "launch" / "train.py"
+
+
+def start(config: Path, workdir: Path, processes: int, *flags, own_flags=None, script=TRAIN) -> list[subprocess.Popen]:
+    """launch/train.py (or another script) as `processes` processes with DEVICES devices between them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -52,7 +55,7 @@ def start(config: Path, workdir: Path, processes: int, *flags, own_flags=None) -
     environment = process_environment(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(DEVICES // processes))
     started = []
     for rank in range(processes):
-        command = [sys.executable, ROOT / "launch" / "train.py", f"--config={config}", f"--workdir={workdir}", *flags]
+        command = [sys.executable, script, f"--config={config}", f"--workdir={workdir}", *flags]
         command += [*together, *([f"--process_id={rank}"] if together else []), *((own_flags or {}).get(rank, []))]
         started.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -119,7 +122,7 @@ def test_two_processes_are_one_run_and_slurm_says_who_is_who(config, alone, tmp_
     """--distributed with the variables that srun sets: JAX finds coordinator, count and rank in them."""
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     ranks = [slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
-    command = [sys.executable, ROOT / "launch" / "train.py", f"--config={config}", f"--workdir={tmp_path}"]
+    command = [sys.executable, TRAIN, f"--config={config}", f"--workdir={tmp_path}"]
     here = process_environment(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(DEVICES // 2))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     results = finish([subprocess.Popen([*command, "--distributed"], env=here | rank, **pipes) for rank in ranks])
@@ -128,7 +131,7 @@ def test_two_processes_are_one_run_and_slurm_says_who_is_who(config, alone, tmp_
 
 
 def test_without_any_cluster_the_flags_are_named(config, tmp_path):
-    command = [sys.executable, ROOT / "launch" / "train.py", f"--config={config}", f"--workdir={tmp_path}"]
+    command = [sys.executable, TRAIN, f"--config={config}", f"--workdir={tmp_path}"]
     done = subprocess.run([*command, "--distributed"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "--coordinator, --num_processes and --process_id" in done.stderr
@@ -178,3 +181,25 @@ def test_hosts_that_disagree_are_named(config, tmp_path):
         assert status == 2
         assert "hosts disagree: config.training.learning_rate is 0.001 on host 0, 0.5 on 1" in err
     assert not (tmp_path / "config.json").exists()
+
+
+ON_ITS_PROCESSOR = """
+import pathlib, runpy, sys
+from lsjax.model import execution
+flags = "avx512_bf16" if "--process_id=0" in sys.argv else "avx2"
+execution.CPU_INFO = pathlib.Path(__file__).with_name(flags)
+execution.CPU_INFO.write_text(flags)
+sys.path.insert(0, "{folder}")
+runpy.run_path("{train}", run_name="__main__")
+"""
+
+
+def test_hosts_whose_processors_differ_are_named(config, tmp_path):
+    """One would multiply bfloat16, the other float32: two programs that wait for each other's messages."""
+    script = tmp_path / "train.py"
+    script.write_text(ON_ITS_PROCESSOR.format(folder=TRAIN.parent, train=TRAIN))
+    run = tmp_path / "run"
+    for status, _, err in finish(start(config, run, 2, "--config.training.compute_dtype=auto", script=script)):
+        assert status == 2
+        assert "hosts disagree: config.training.compute_dtype.auto is 'float32 with products of bfloat16" in err
+    assert not (run / "config.json").exists()
