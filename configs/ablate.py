@@ -2,7 +2,7 @@
 
   python launch/ablate.py --config=configs/ablate.py --workdir=runs/ablate
 
-Hardware: 2 CPU cores; 17 recipes of 400 steps each. `config.layerskip` is set by each recipe
+Hardware: 2 CPU cores; 16 recipes of 400 steps each. `config.layerskip` is set by each recipe
 (lsjax/ablation/recipes.py).
 """
 

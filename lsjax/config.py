@@ -59,8 +59,11 @@ class LayerSkipConfig:
     first exits, the cheapest to draft with, weigh next to nothing).
     `exit_distillation`: beside the cross-entropy of each early exit, this much of its KL divergence from the last
     layer's own distribution, gradient stopped (not in the paper; EESD, arXiv 2406.03853). 0 is the paper.
-    `exit_time_schedule`: "constant" (the paper), or "linear": early exits, and so what they learn from the last layer,
-    count from nothing up to their full share over the run (after PS-KD, arXiv 2006.12000).
+    `exit_distillation_schedule`: "constant", or "linear": from nothing up to `exit_distillation` over the run (after
+    PS-KD, arXiv 2006.12000).
+    `draft_exit`: the exit layer that decoding will draft with: on at every step, whatever the curriculum,
+    `exit_first` and `exit_last` say, and the only one that learns from the last layer's distribution (0 is the paper:
+    none is singled out, and all learn alike).
     `exit_first`: exit layers below it are not trained (1 is the paper; asking the first layers of a pretrained model
     to predict costs its last layer dear). `exit_last`: nor are those above it, but for the last layer (0: all are):
     exits that will not draft need not learn to.
@@ -78,7 +81,8 @@ class LayerSkipConfig:
     exit_rotation: int = 8
     exit_weight_floor: float = 0.0
     exit_distillation: float = 0.0
-    exit_time_schedule: str = "constant"
+    exit_distillation_schedule: str = "constant"
+    draft_exit: int = 0
     exit_first: int = 1
     exit_last: int = 0
     exit_token_stride: int = 1
@@ -266,7 +270,7 @@ def _check_layerskip(s: LayerSkipConfig) -> None:
     )
     _choice("config.layerskip.dropout_granularity", s.dropout_granularity, ("sample", "subset", "batch"))
     _choice("config.layerskip.exit_curriculum", s.exit_curriculum, ("none", "rotational", "gradual", "all"))
-    _choice("config.layerskip.exit_time_schedule", s.exit_time_schedule, ("constant", "linear"))
+    _choice("config.layerskip.exit_distillation_schedule", s.exit_distillation_schedule, ("constant", "linear"))
     _require(0 <= s.exit_scale <= 1, f"config.layerskip.exit_scale must be in [0, 1], got {s.exit_scale}")
     _positive("layerskip", s, "dropout_groups", "exit_rotation", "exit_token_stride", "exit_first")
     d, floor = s.exit_distillation, s.exit_weight_floor
@@ -305,6 +309,11 @@ def _check_training(config: Config) -> None:
         last == 0 or first <= last <= config.model.num_layers,
         f"config.layerskip.exit_last ({last}) must be 0 (all exits) or within exit_first..num_layers "
         f"({first}..{config.model.num_layers})",
+    )
+    draft = config.layerskip.draft_exit
+    _require(
+        0 <= draft < config.model.num_layers,
+        f"config.layerskip.draft_exit ({draft}) must be 0 (none) or an early exit, 1..{config.model.num_layers - 1}",
     )
     stride = config.layerskip.exit_token_stride
     _require(

@@ -45,9 +45,7 @@ def recipes(num_layers: int) -> dict[str, Recipe]:
     distilled = {"exit_distillation": 3.0, "exit_weight_floor": 0.3}
     focused = {"exit_last": half, "exit_rotation": min(2, half)}
     light = {"exit_weight_floor": 0.1}
-    one = {"exit_first": half, "exit_last": half, "exit_rotation": 1, "exit_weight_floor": 0.1}
-    led = {"exit_distillation": 10.0, "exits_train_head": False}
-    growing = {"exit_distillation": 30.0, "exit_time_schedule": "linear"}
+    drafting = {"draft_exit": half, "exit_distillation": 20.0, "exit_distillation_schedule": "linear"}
     skipped = {"dropout_granularity": "batch", "dropout_max_rate": 0.5} | successor
     both = dropout | exits
     listed = [
@@ -65,16 +63,16 @@ def recipes(num_layers: int) -> dict[str, Recipe]:
         Recipe("distilled", "weight floor and KL, no dropout", exits | distilled),
         Recipe("focused", "the same, on exits of the first half only", exits | distilled | focused),
         Recipe("focused-light", "and with a floor of 0.1", exits | distilled | focused | light),
-        Recipe("half-distilled", "one exit, at half depth: floor 0.1, KL 10, own head", exits | one | led),
-        Recipe(
-            "half-growing",
-            "one exit, at half depth, growing over the run: floor 0.1, KL 30, shared head; paper-successor's dropout",
-            dropout | successor | exits | one | growing,
-        ),
         Recipe(
             "focused-skipping",
             "and whole layers skipped, for a batch at a time",
             exits | distilled | focused | light | skipped,
+        ),
+        Recipe(
+            "drafting",
+            "paper-successor, floor 0.3; the exit at half depth on at every step, alone learning from the last layer, "
+            "by a KL that grows to 20",
+            both | successor | {"exit_weight_floor": 0.3} | drafting,
         ),
     ]
     return {recipe.name: recipe for recipe in listed}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lsjax.config import ModelConfig
-from lsjax.layerskip.cross_entropy import Penalties, Text, charge, read_teacher
+from lsjax.layerskip.cross_entropy import Exits, Text, charge, read_teacher
 from lsjax.model.transformer import Params, final_norm, head_matrix
 from lsjax.scale.sharding import BATCH_AXES, PARAMETER_AXES, constrain, width_axis
 
@@ -24,7 +24,7 @@ EXIT_BRANCH = "exit_branch"  # the scope of the branch that leaves an exit out: 
 class _Static(NamedTuple):
     config: ModelConfig
     chunk: int
-    penalties: Penalties
+    z_loss: float
     head_learns: bool
 
 
@@ -32,33 +32,31 @@ def exit_losses(
     params: Params,
     states: jax.Array,
     text: Text,
-    exit_weights: jax.Array,
-    exit_active: jax.Array | None,
+    exits: Exits,
     config: ModelConfig,
     chunk: int,
-    penalties: Penalties,
+    z_loss: float = 0.0,
     head_learns: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum_e w(e) (CE_e + penalties), CE_e [E]), summed over tokens; the second carries no gradient.
+    """(sum_e w(e) (CE_e + distillation(e) KL_e + z_loss (log Z_e)^2), CE_e [E]), summed over tokens; the second
+    carries no gradient.
 
-    states [E,B,S,D] after E layers. exit_active: [E], [] for all of them together, or None for all active; an exit that
-    is not costs nothing. No gradient flows through the teacher. Without `head_learns` the vocabulary projection has
-    none either.
+    states [E,B,S,D] after E layers. An exit that is not active costs nothing. No gradient flows through the
+    teacher. Without `head_learns` the vocabulary projection has none either.
     """
     if text.teacher is not None:
         text = text._replace(teacher=jax.lax.stop_gradient(final_norm(params, text.teacher, config)))
     weights = head_matrix(params) | {"final_norm": params["final_norm"]}
-    static = _Static(config, chunk, penalties, head_learns)
-    return _losses(weights, states, text, (exit_weights, exit_active), static)
+    return _losses(weights, states, text, exits, _Static(config, chunk, z_loss, head_learns))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _losses(params, states, text, per_exit, static):
-    return _run(params, states, text, per_exit, static, with_gradient=False)[0]
+def _losses(params, states, text, exits, static):
+    return _run(params, states, text, exits, static, with_gradient=False)[0]
 
 
-def _losses_forward(params, states, text, per_exit, static):
-    return _run(params, states, text, per_exit, static, with_gradient=True)
+def _losses_forward(params, states, text, exits, static):
+    return _run(params, states, text, exits, static, with_gradient=True)
 
 
 def _losses_backward(static, gradients, cotangents):
@@ -70,12 +68,12 @@ def _losses_backward(static, gradients, cotangents):
 _losses.defvjp(_losses_forward, _losses_backward)
 
 
-def _run(params, states, text: Text, per_exit, static: _Static, with_gradient: bool):
+def _run(params, states, text: Text, exits: Exits, static: _Static, with_gradient: bool):
     """((objective, CE [E]), (gradient of params, of states) or None)."""
-    exit_weights, active = per_exit
+    active = exits.active
     if active is None or active.ndim:
-        return _normed_run(params, states, text, per_exit, static, with_gradient)
-    run = lambda: _normed_run(params, states, text, (exit_weights, None), static, with_gradient)  # noqa: E731
+        return _normed_run(params, states, text, exits, static, with_gradient)
+    run = lambda: _normed_run(params, states, text, exits._replace(active=None), static, with_gradient)  # noqa: E731
     nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run))  # noqa: E731
     # The branch is taken out here and not for each chunk, so that nothing at all is sent for an exit that is off.
     with jax.named_scope(EXIT_BRANCH):
@@ -90,7 +88,7 @@ def _laid_out(of_params, of_states):
     return of_params, constrain(of_states, *_STATES)
 
 
-def _normed_run(params, states, text: Text, per_exit, static: _Static, with_gradient: bool):
+def _normed_run(params, states, text: Text, exits: Exits, static: _Static, with_gradient: bool):
     """The exits' states through the final norm, and then judged."""
     head = head_matrix(params)
 
@@ -99,25 +97,25 @@ def _normed_run(params, states, text: Text, per_exit, static: _Static, with_grad
 
     if not with_gradient:
         normed = norm(params["final_norm"], states)
-        return _mesh_run(head, normed, text, per_exit, static, with_gradient)
+        return _mesh_run(head, normed, text, exits, static, with_gradient)
     normed, gradient_of_norm = jax.vjp(norm, params["final_norm"], states)
-    result, (of_head, of_normed) = _mesh_run(head, normed, text, per_exit, static, with_gradient)
+    result, (of_head, of_normed) = _mesh_run(head, normed, text, exits, static, with_gradient)
     of_scale, of_states = gradient_of_norm(of_normed)
     # A head that does not learn has no gradient array at all, not one of zeros.
     return result, ((of_head or dict.fromkeys(head)) | {"final_norm": of_scale}, of_states)
 
 
-def _mesh_run(head, states, text: Text, per_exit, static: _Static, with_gradient: bool):
+def _mesh_run(head, states, text: Text, exits: Exits, static: _Static, with_gradient: bool):
     """((objective, CE [E]), (gradient of head, of states)), each device judging its own rows. States are normed."""
     run = functools.partial(_run_rows, static=static, with_gradient=with_gradient)
     if jax.sharding.get_abstract_mesh().empty:
-        return run(head, states, text, per_exit)
+        return run(head, states, text, exits)
 
     # By hand, with a head that is whole along D: what the compiler would make of the sum over chunks and exits is a
     # reduction over the devices for each of them; here it is one.
-    def mine(head, states, text, per_exit):
+    def mine(head, states, text, exits):
         whole = {name: jax.lax.all_gather(a, "fsdp", axis=width_axis(name), tiled=True) for name, a in head.items()}
-        result, gradients = run(whole, states, text, per_exit)
+        result, gradients = run(whole, states, text, exits)
         result = jax.lax.psum(result, BATCH_AXES)
         if gradients is None or gradients[0] is None:
             return result, gradients
@@ -137,19 +135,19 @@ def _mesh_run(head, states, text: Text, per_exit, static: _Static, with_gradient
         out_specs=(P(), gradient_specs),
         axis_names=set(BATCH_AXES),
         check_vma=False,
-    )(head, states, text, per_exit)
+    )(head, states, text, exits)
 
 
-def _run_rows(head, states, text: Text, per_exit, static, with_gradient: bool):
+def _run_rows(head, states, text: Text, exits: Exits, static: _Static, with_gradient: bool):
     """The same of one device's rows: chunk by chunk, in each exit by exit."""
-    _, chunk, penalties, head_learns = static
+    _, chunk, z_loss, head_learns = static
 
     def chunk_losses(head_sum, piece):
         states, text = piece
-        judged = {"text": text, "teacher": read_teacher(head, text), "penalties": penalties}
+        judged = {"text": text, "teacher": read_teacher(head, text), "z_loss": z_loss}
         charged = functools.partial(charge, head, **judged, with_gradient=with_gradient, head_learns=head_learns)
         one_exit = functools.partial(_one_exit, charged, with_gradient)
-        return jax.lax.scan(one_exit, head_sum, (states, *per_exit))
+        return jax.lax.scan(one_exit, head_sum, (states, exits))
 
     states_pieces, text_pieces = split_tokens((jnp.moveaxis(states, 0, 2), text), chunk)
     pieces = (jnp.moveaxis(states_pieces, 3, 1), text_pieces)  # [pieces, E, B, s, D], and text [pieces, B, s]
@@ -166,10 +164,10 @@ def _run_rows(head, states, text: Text, per_exit, static, with_gradient: bool):
 
 def _one_exit(charged, with_gradient: bool, head_sum, exit_):
     """Adds an active exit's gradient to head_sum (None: not wanted); gives (objective, CE, gradient of its states)."""
-    x, weight, active = exit_
+    x, charges = exit_
 
     def run(head_sum):
-        objective, cross_entropy, of_head, of_states = charged(x, weight)
+        objective, cross_entropy, of_head, of_states = charged(x, charges)
         if head_sum is not None:
             head_sum = jax.tree.map(jnp.add, head_sum, of_head)
         return head_sum, (objective, cross_entropy, of_states.astype(x.dtype) if with_gradient else None)
@@ -178,10 +176,10 @@ def _one_exit(charged, with_gradient: bool, head_sum, exit_):
         zero = jnp.float32(0.0)
         return head_sum, (zero, zero, jnp.zeros_like(x) if with_gradient else None)
 
-    if active is None:
+    if charges.active is None:
         return run(head_sum)
     with jax.named_scope(EXIT_BRANCH):
-        return jax.lax.cond(active, run, skip, head_sum)
+        return jax.lax.cond(charges.active, run, skip, head_sum)
 
 
 def split_tokens(arrays, chunk: int):

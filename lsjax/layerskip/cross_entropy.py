@@ -23,11 +23,14 @@ class Text(NamedTuple):
     teacher: jax.Array | None = None
 
 
-class Penalties(NamedTuple):
-    """What is added to the cross-entropy: so much of the divergence from the teacher, and of (log Z)^2."""
+class Exits(NamedTuple):
+    """How each exit is charged, data all of it, [E]: its weight in the objective; whether it is on ([]: all of them
+    together, None: all are); how much of its divergence from the teacher is added to its cross-entropy (None: there is
+    no teacher). Of a single exit: []."""
 
-    distillation: float = 0.0
-    z_loss: float = 0.0
+    weight: jax.Array
+    active: jax.Array | None = None
+    distillation: jax.Array | None = None
 
 
 class Teacher(NamedTuple):
@@ -58,15 +61,15 @@ def read_teacher(head: Params, text: Text) -> Teacher | None:
 def charge(
     head: Params,
     x: jax.Array,
-    weight: jax.Array,
+    exit_: Exits,
     text: Text,
     teacher: Teacher | None,
-    penalties: Penalties,
+    z_loss: float,
     with_gradient: bool,
     head_learns: bool,
 ) -> Charge:
     """weight (CE + distillation KL + z_loss z) of normed states x [B,s,D], over text.weights [B,s]."""
-    distillation, z_loss = penalties if teacher is not None else (0.0, penalties.z_loss)
+    weight, distillation = exit_.weight, None if teacher is None else exit_.distillation
     logits = project_vocabulary(head, x)
     largest = jnp.max(logits, axis=-1)
     raised = jnp.exp(logits - largest[..., None])
@@ -76,7 +79,7 @@ def charge(
     hit = jnp.arange(logits.shape[-1]) == text.targets[..., None]
     each = log_normalizer - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
     cross_entropy = jnp.sum(each * text.weights)
-    if distillation:
+    if distillation is not None:
         agreement = jnp.sum(teacher.probabilities * logits, axis=-1)
         each += distillation * (teacher.negative_entropy - agreement + log_normalizer)
     if z_loss:
@@ -88,9 +91,11 @@ def charge(
     # d / d logits times Z / weight. What differs from token to token only is multiplied to the narrow sides of the two
     # products, D wide: another pass over the vocabulary costs XLA:CPU a fifth of them.
     pull = raised
-    if distillation or z_loss:
-        pull = raised * (1.0 + distillation + 2.0 * z_loss * log_normalizer)[..., None]
-    if distillation:
+    if distillation is not None or z_loss:
+        pull = (
+            raised * (1.0 + (0.0 if distillation is None else distillation) + 2.0 * z_loss * log_normalizer)[..., None]
+        )
+    if distillation is not None:
         pull -= distillation * normalizer[..., None] * teacher.probabilities
     pull = rounded(jnp.where(hit, pull - normalizer[..., None], pull).astype(x.dtype))
     scale = (weight * text.weights / normalizer)[..., None]

@@ -6,6 +6,8 @@ Index l of every [L] array here is the loss read off x_{l+1}, the state after la
 import jax
 import jax.numpy as jnp
 
+from lsjax.config import LayerSkipConfig
+
 
 def exit_curriculum(
     name: str, num_layers: int, step: jax.Array | int, total_steps: int, rotation: int = 1
@@ -39,29 +41,34 @@ def _floor_of_ratio(step: jax.Array, numerator: int, denominator: int) -> jax.Ar
     return jnp.sum(step >= jnp.asarray(thresholds, jnp.int32)) if thresholds else jnp.int32(0)
 
 
-def exit_growth(schedule: str, step: jax.Array | int, total_steps: int) -> jax.Array | float:
-    """G(t), by which the early exits' shares are multiplied: "constant" 1, "linear" t/(T-1). A last layer that knows
-    little yet is a poor teacher (PS-KD, arXiv 2006.12000, whose teacher counts linearly more)."""
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        return jnp.asarray(step, jnp.float32) / max(total_steps - 1, 1)
-    raise ValueError(f"unknown time schedule of exits {schedule!r}")
+def active_exits(s: LayerSkipConfig, num_layers: int, step: jax.Array | int, total_steps: int) -> jax.Array:
+    """Those of the curriculum within exit_first..exit_last, the draft exit and the last layer: bool [L]."""
+    exit_layer = 1 + jnp.arange(num_layers)
+    active = exit_curriculum(s.exit_curriculum, num_layers, step, total_steps, s.exit_rotation)
+    active &= (exit_layer >= s.exit_first) & (exit_layer <= (s.exit_last or num_layers))
+    return active | (exit_layer == s.draft_exit) | (exit_layer == num_layers)
 
 
-def exit_weights(
-    num_layers: int, exit_scale: float, active: jax.Array, floor: float = 0.0, growth: jax.Array | float = 1.0
-) -> jax.Array:
+def exit_distillation(s: LayerSkipConfig, num_layers: int, step: jax.Array | int, total_steps: int) -> jax.Array:
+    """What share of its divergence from the last layer is added to each exit's cross-entropy: float32 [L]. "linear"
+    grows as t/(T-1): a last layer that knows little yet is a poor teacher (PS-KD, arXiv 2006.12000). With a draft exit
+    all others are 0."""
+    exit_layer = 1 + jnp.arange(num_layers)
+    taught = exit_layer == s.draft_exit if s.draft_exit else exit_layer < num_layers
+    growth = {"constant": lambda: 1.0, "linear": lambda: jnp.asarray(step, jnp.float32) / max(total_steps - 1, 1)}
+    return jnp.where(taught, s.exit_distillation * growth[s.exit_distillation_schedule](), 0.0)
+
+
+def exit_weights(num_layers: int, exit_scale: float, active: jax.Array, floor: float = 0.0) -> jax.Array:
     """w(t, l) of Eq. 6: float32 [L], zero where inactive, summing to 1.
 
     e(l) = e_scale l(l+1)/2 for l < L-1, and e(L-1) = (L-1) + e_scale (L-2)(L-1)/2. A model of one layer has
     e(0) = 0 by that formula; its only exit gets the whole weight. Not in the paper, whose first exits weigh next to
-    nothing: `floor` raises every e(l) to at least that share of e(L-1), and `growth` multiplies all but e(L-1).
+    nothing: `floor` raises every e(l) to at least that share of e(L-1).
     """
     layer = jnp.arange(num_layers, dtype=jnp.float32)
     last = num_layers - 1
     scale = exit_scale * layer * (layer + 1) / 2
     scale = scale.at[last].set(max(last + exit_scale * (last - 1) * last / 2, 1.0 if last == 0 else 0.0))
-    early = growth * jnp.maximum(scale, floor * scale[last])
-    scale = jnp.where(active, early.at[last].set(scale[last]), 0.0)
+    scale = jnp.where(active, jnp.maximum(scale, floor * scale[last]), 0.0)
     return scale / jnp.sum(scale)

@@ -11,7 +11,7 @@ import numpy as np
 from lsjax.config import Config, ModelConfig
 from lsjax.evaluation.exits import evaluated_exits
 from lsjax.layerskip.dropout import layer_dropout_rates
-from lsjax.layerskip.exits import exit_curriculum
+from lsjax.layerskip.exits import active_exits
 from lsjax.scale.hardware import Chip
 
 
@@ -120,12 +120,8 @@ def early_exits(config: Config) -> float:
     """Mean number of exits a step beside the last one."""
     c, s, t = config.model, config.layerskip, config.training
     steps = _sampled_steps(config) if s.exit_curriculum == "gradual" else range(s.exit_rotation)
-    active = [
-        np.asarray(exit_curriculum(s.exit_curriculum, c.num_layers, step, t.total_steps, s.exit_rotation))
-        for step in steps
-    ]
-    early = slice(s.exit_first - 1, min(s.exit_last or c.num_layers, c.num_layers - 1))
-    return float(np.mean([a[early].sum() for a in active]))
+    active = [np.asarray(active_exits(s, c.num_layers, step, t.total_steps)) for step in steps]
+    return float(np.mean([a[:-1].sum() for a in active]))
 
 
 def _dropout_rates(config: Config, step: int) -> np.ndarray:

@@ -74,9 +74,10 @@ class TorchTraining:
         batch = Batch(*(None if a is None else self.torch.as_tensor(np.asarray(a)) for a in turn.batch))
         targets, weights = batch.targets.flatten().long(), batch.weights.flatten()
         states, teacher = self._states(batch, turn.layer_mask), None
+        distillation = turn.recipe.exit_distillation.tolist()
         loss, exits = 0.0, np.flatnonzero(turn.recipe.exit_active)[::-1]  # the last layer first: it teaches the others
         for exit_ in exits:
-            each, log_p = self.charge(states[exit_].flatten(0, 1), targets, teacher)
+            each, log_p = self.charge(states[exit_].flatten(0, 1), targets, teacher, distillation[exit_])
             loss = loss + float(turn.recipe.exit_weights[exit_]) * (each * weights).sum()
             if teacher is None and self.config.layerskip.exit_distillation:
                 teacher = log_p.detach()
@@ -105,14 +106,14 @@ class TorchTraining:
         ids = batch.segment_ids
         return causal if ids is None else causal & (ids[:, None, :, None] == ids[:, None, None, :])
 
-    def _charge(self, x, targets, teacher):
+    def _charge(self, x, targets, teacher, distillation: float):
         """Of each token: cross-entropy + distillation KL(teacher || exit); and log-probabilities [tokens, V]."""
         functional = self.torch.nn.functional
         log_p = functional.log_softmax(self.model.lm_head(self.model.model.norm(x)).float(), dim=-1)
         each = functional.nll_loss(log_p, targets, reduction="none")
         if teacher is not None:
             divergence = functional.kl_div(log_p, teacher, reduction="none", log_target=True).sum(-1)
-            each = each + self.config.layerskip.exit_distillation * divergence
+            each = each + distillation * divergence
         return each, log_p
 
 

@@ -13,7 +13,7 @@ from lsjax.config import Config, LayerSkipConfig
 from lsjax.data.batch import Batch
 from lsjax.errors import UserError
 from lsjax.layerskip.dropout import draw_layer_mask, layer_dropout_rates, subset_pieces
-from lsjax.layerskip.exits import exit_curriculum, exit_growth, exit_weights
+from lsjax.layerskip.exits import active_exits, exit_distillation, exit_weights
 from lsjax.layerskip.loss import multi_exit_loss
 from lsjax.model.execution import COMPILER_OPTIONS, Execution, choose_execution
 from lsjax.model.matmul import rounding_products
@@ -47,6 +47,7 @@ class Recipe(NamedTuple):
     dropout_rates: jax.Array
     exit_active: jax.Array
     exit_weights: jax.Array
+    exit_distillation: jax.Array
 
 
 def recipe_at(step: jax.Array | int, config: Config) -> Recipe:
@@ -55,11 +56,9 @@ def recipe_at(step: jax.Array | int, config: Config) -> Recipe:
     rates = layer_dropout_rates(
         layers, s.dropout_max_rate, step, total, s.dropout_depth_schedule, s.dropout_time_schedule
     )
-    active = exit_curriculum(s.exit_curriculum, layers, step, total, s.exit_rotation)
-    exit_layer = 1 + jnp.arange(layers)
-    active &= (exit_layer >= s.exit_first) & (exit_layer <= (s.exit_last or layers)) | (exit_layer == layers)
-    growth = exit_growth(s.exit_time_schedule, step, total)
-    return Recipe(rates, active, exit_weights(layers, s.exit_scale, active, s.exit_weight_floor, growth))
+    active = active_exits(s, layers, step, total)
+    weights = exit_weights(layers, s.exit_scale, active, s.exit_weight_floor)
+    return Recipe(rates, active, weights, exit_distillation(s, layers, step, total))
 
 
 def init_state(config: Config) -> TrainState:
@@ -194,9 +193,9 @@ def _loss_sum(
         batch,
         config.model,
         exit_weights=recipe.exit_weights,
-        exit_active=None if s.exit_curriculum == "none" else recipe.exit_active,
+        exit_active=recipe.exit_active if s.draft_exit or s.exit_curriculum != "none" else None,
         layer_mask=layer_mask,
-        distillation=s.exit_distillation,
+        distillation=recipe.exit_distillation if s.exit_distillation else None,
         z_loss=t.z_loss,
         token_stride=s.exit_token_stride,
         token_offset=step % s.exit_token_stride,

@@ -1,17 +1,27 @@
 """The loss of a chunk and its gradient, written down by hand, against float64 numpy and its finite differences."""
 
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.layerskip.cross_entropy import Penalties, Teacher, Text, charge, read_teacher
+from lsjax.layerskip.cross_entropy import Exits, Teacher, Text, charge, read_teacher
 from lsjax.model.matmul import rounding_products
 from tests.conftest import weight_products
 
 WEIGHT = 0.6
+
+
+class Penalties(NamedTuple):
+    distillation: float = 0.0
+    z_loss: float = 0.0
+
+    @property
+    def exit_(self):
+        return Exits(jnp.float32(WEIGHT), None, jnp.float32(self.distillation) if self.distillation else None)
 
 
 def problem(name):
@@ -42,7 +52,8 @@ def charged(head, states, teacher, targets, weights, penalties, **options):
     head = jax.tree.map(single, head)
     text = Text(jnp.asarray(targets), single(weights), single(teacher) if penalties.distillation else None)
     options = {"with_gradient": True, "head_learns": True} | options
-    return charge(head, single(states), WEIGHT, text, read_teacher(head, text), penalties, **options)
+    how = penalties.exit_, text, read_teacher(head, text), penalties.z_loss
+    return charge(head, single(states), *how, **options)
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed"])
@@ -97,7 +108,9 @@ def test_one_exponential_a_logit(penalties):
     """Value and both gradients together; reading the teacher is apart, once for all exits."""
     head, states, _, targets, weights = problem("lm_head")
     text, q = Text(targets, weights), Teacher(jnp.ones((2, 3, 7)), jnp.ones((2, 3)))
-    program = jax.make_jaxpr(lambda h, x: charge(h, x, WEIGHT, text, q, penalties, True, True))(head, states)
+    program = jax.make_jaxpr(lambda h, x: charge(h, x, penalties.exit_, text, q, penalties.z_loss, True, True))(
+        head, states
+    )
     assert len(re.findall(r"f32\[2,3,7\] = exp", str(program))) == 1
 
 
@@ -113,6 +126,6 @@ def test_bfloat16_gradients_are_summed_in_float32():
     tokens = 4096
     head, x = {"embed": jnp.eye(2, dtype=jnp.bfloat16)}, jnp.ones((1, tokens, 2), jnp.bfloat16)
     text = Text(jnp.zeros((1, tokens), jnp.int32), jnp.ones((1, tokens)))
-    result = charge(head, x, jnp.float32(1), text, None, Penalties(), True, True)
+    result = charge(head, x, Exits(jnp.float32(1)), text, None, 0.0, True, True)
     assert result.of_head["embed"].dtype == jnp.float32
     np.testing.assert_allclose(result.of_head["embed"], tokens * np.array([[-0.5, -0.5], [0.5, 0.5]]), rtol=1e-2)

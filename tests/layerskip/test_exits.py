@@ -1,5 +1,6 @@
 """Exit weights and curricula against the paper's definitions, written out in plain Python."""
 
+import dataclasses
 from fractions import Fraction
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.layerskip.exits import exit_curriculum, exit_growth, exit_weights
+from lsjax.config import LayerSkipConfig
+from lsjax.layerskip.exits import active_exits, exit_curriculum, exit_distillation, exit_weights
 
 
 def paper_weights(num_layers, scale, active):
@@ -39,13 +41,21 @@ def test_the_floor_lifts_small_exits_and_nothing_else():
     np.testing.assert_allclose(exit_weights(5, 1.0, active, floor=0.25), np.array([2.5, 2.5, 0, 6, 10]) / 21, rtol=1e-6)
 
 
-def test_growth_scales_what_is_not_the_last_layers():
-    active = jnp.array([True, True, False, True, True])
-    weights = exit_weights(5, 1.0, active, floor=0.25, growth=jnp.float32(0.4))
-    np.testing.assert_allclose(weights, np.array([1.0, 1.0, 0, 2.4, 10]) / 14.4, rtol=1e-6)
-    growths = [float(exit_growth("linear", step, 401)) for step in (0, 100, 400)]
-    np.testing.assert_allclose(growths, [0, 0.25, 1])
-    assert exit_growth("constant", 7, 401) == 1.0
+def test_the_draft_exit_is_on_at_every_step():
+    exits = LayerSkipConfig(exit_rotation=3, exit_first=4, exit_last=5, draft_exit=2)
+    on = [np.flatnonzero(active_exits(exits, 6, step, 100)) + 1 for step in range(3)]
+    assert [list(layers) for layers in on] == [[2, 4, 6], [2, 5, 6], [2, 6]]
+    alone = active_exits(dataclasses.replace(exits, exit_curriculum="none"), 6, 0, 100)
+    assert (np.flatnonzero(alone) + 1).tolist() == [2, 6]
+
+
+@pytest.mark.parametrize(("draft_exit", "learn"), [(0, [1, 1, 1, 0]), (2, [0, 1, 0, 0])])
+def test_who_learns_from_the_last_layer_and_how_much(draft_exit, learn):
+    exits = LayerSkipConfig(exit_distillation=8.0, draft_exit=draft_exit)
+    assert exit_distillation(exits, 4, 7, 401).tolist() == [8.0 * share for share in learn]
+    growing = dataclasses.replace(exits, exit_distillation_schedule="linear")
+    for step, growth in ((0, 0.0), (100, 0.25), (400, 1.0)):
+        np.testing.assert_allclose(exit_distillation(growing, 4, step, 401), 8.0 * growth * np.array(learn))
 
 
 def test_one_layer_has_all_the_weight():

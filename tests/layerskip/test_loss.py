@@ -166,6 +166,16 @@ def test_distillation_is_the_divergence_from_the_last_layer(tiny, tiny_params, b
     np.testing.assert_allclose(losses, fused(tiny_params, batch, tiny)[1], rtol=1e-5)
 
 
+def test_each_exit_learns_its_own_share_from_the_last_layer(tiny, tiny_params, batch):
+    """The objective is linear in the shares: exit by exit they add up; those of exits that are off count nothing."""
+    value = lambda *shares: fused(tiny_params, batch, tiny, distillation=np.float32(shares))[0]  # noqa: E731
+    nothing, first, third = value(0, 0, 0, 0), value(0.7, 0, 0, 0), value(0, 0, 0.7, 0)
+    assert first - nothing > 0.05 < third - nothing
+    np.testing.assert_allclose(value(0.7, 0, 0.35, 0), first + (third - nothing) / 2, rtol=1e-5)
+    np.testing.assert_allclose(value(0.7, 9, 0.7, 9), fused(tiny_params, batch, tiny, distillation=0.7)[0], rtol=1e-6)
+    np.testing.assert_allclose(nothing, fused(tiny_params, batch, tiny)[0], rtol=1e-6)
+
+
 def test_distillation_does_not_pull_on_the_last_layer(tiny, tiny_params, batch):
     """Only the divergences: early layers have a gradient, the last layer, which only the teacher uses, has none."""
     only_divergence = lambda p: fused(p, batch, tiny, distillation=1.0)[0] - fused(p, batch, tiny)[0]  # noqa: E731
@@ -186,7 +196,7 @@ def test_strided_exits_read_every_other_token_for_two(tiny, tiny_params, batch):
         np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("distillation", [0.0, 0.7])
+@pytest.mark.parametrize("distillation", [None, 0.7])
 def test_what_early_exits_may_pull_on(tiny, tiny_params, batch, distillation):
     """Only the last layer trains norm and head, or none trains the head; the layers learn the same from all."""
     gradient = lambda **options: jax.grad(  # noqa: E731

@@ -17,6 +17,7 @@ from tests.conftest import TINY
 RECIPES = {
     "paper": {"exit_scale": 1.0, "exit_curriculum": "all", "dropout_max_rate": 0.3},
     "batch": {"dropout_granularity": "batch", "dropout_max_rate": 0.5, "exit_rotation": 2, "exit_distillation": 2.0},
+    "draft": {"draft_exit": 2, "exit_distillation": 8.0, "exit_distillation_schedule": "linear"},
     "successor": {"dropout_depth_schedule": "linear", "dropout_rescale": True, "dropout_max_rate": 0.5},
 }
 

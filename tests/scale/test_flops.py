@@ -106,7 +106,11 @@ def test_the_plain_step_has_the_flops_of_the_formula():
     assert flops.exits == flops.skipped == 0
 
 
-@pytest.mark.parametrize("recipe", [{}, {"exits_train_head": False}, {"exit_first": 4}, {"exit_last": 2}], ids=str)
+@pytest.mark.parametrize(
+    "recipe",
+    [{}, {"exits_train_head": False}, {"exit_first": 4}, {"exit_last": 2}, {"exit_last": 1, "draft_exit": 3}],
+    ids=str,
+)
 def test_exits_cost_what_is_counted(recipe):
     """All exits at once, so that every branch is taken, the first layer's input apart (it is no exit)."""
     config = small(layerskip={"exit_curriculum": "all"} | recipe)

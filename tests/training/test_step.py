@@ -132,9 +132,25 @@ def test_the_recipe_is_that_of_the_step(tiny_run):
     np.testing.assert_allclose(recipe.exit_weights, [0, 0.2 / (0.2 + 3.6), 0, 3.6 / (0.2 + 3.6)], rtol=1e-5)
 
 
-def test_exits_may_grow_over_the_run(tiny_run):
-    config = replace(tiny_run, layerskip={"exit_time_schedule": "linear"}, training={"total_steps": 9})
-    np.testing.assert_allclose(recipe_at(4, config).exit_weights, [0, 0.1 / 3.7, 0, 3.6 / 3.7], rtol=1e-5)
+def test_a_draft_exit_alone_learns_from_the_last_layer_more_and_more(tiny_run):
+    """Without any curriculum. From the same parameters: nothing at step 0; at the last step, the whole share."""
+    recipe = {"exit_curriculum": "none", "draft_exit": 2, "exit_distillation": 5.0, "dropout_max_rate": 0.0}
+    config = replace(tiny_run, layerskip=recipe | {"exit_distillation_schedule": "linear"}, training={"total_steps": 9})
+    state, batch = init_state(config), make_batch(config)
+    state = state._replace(params=jax.tree.map(lambda a: 10 * a, state.params))  # fresh ones: all exits say the same
+    run = lambda step, config: train_step(state._replace(step=jnp.int32(step)), batch, config=config)[1]  # noqa: E731
+    untaught = replace(config, layerskip={"exit_distillation": 0.0})
+    assert np.flatnonzero(run(0, config).exit_losses).tolist() == [1, 3]
+    np.testing.assert_allclose(run(0, config).loss, run(0, untaught).loss, rtol=1e-6)
+    gain = run(8, config).loss - run(0, config).loss
+    assert gain > 1e-3
+    np.testing.assert_allclose(run(4, config).loss - run(0, config).loss, gain / 2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("draft_exit", [-1, 4])
+def test_a_draft_exit_is_an_early_one(tiny_run, draft_exit):
+    with pytest.raises(UserError, match=r"draft_exit .* 1\.\.3"):
+        Config.from_dict(replace(tiny_run, layerskip={"draft_exit": draft_exit}).to_dict())
 
 
 @functools.cache
