@@ -62,11 +62,11 @@ class LayerSkipConfig:
     `exit_distillation_schedule`: "constant", or "linear": from nothing up to `exit_distillation` over the run (after
     PS-KD, arXiv 2006.12000).
     `draft_exit`: the exit layer that decoding will draft with: on at every step, whatever the curriculum,
-    `exit_first` and `exit_last` say, and the only one that learns from the last layer's distribution (0 is the paper:
-    none is singled out, and all learn alike).
-    `exit_first`: exit layers below it are not trained (1 is the paper; asking the first layers of a pretrained model
-    to predict costs its last layer dear). `exit_last`: nor are those above it, but for the last layer (0: all are):
-    exits that will not draft need not learn to.
+    `exit_first` and `exit_last` say, and the only one that `exit_distillation` is for (0 is the paper: none is singled
+    out, and all learn alike).
+    `exit_first`: exit layers below it are left out of the curriculum (1 is the paper; asking the first layers of a
+    pretrained model to predict costs its last layer dear). `exit_last`: so are those above it, but for the last layer
+    (0: none is): exits that will not draft need not learn to.
     `exit_token_stride`: early exits look at one token in so many, another one each step (the last layer at all).
     `exits_train_head`: whether early exits pull on the shared norm and head (as in the paper)."""
 
@@ -299,31 +299,42 @@ def _check_training(config: Config) -> None:
         f"config.training.sequence_length ({t.sequence_length}) exceeds config.model.context_length "
         f"({config.model.context_length})",
     )
-    first = config.layerskip.exit_first
-    _require(
-        first <= config.model.num_layers,
-        f"config.layerskip.exit_first ({first}) exceeds config.model.num_layers ({config.model.num_layers})",
-    )
-    last = config.layerskip.exit_last
-    _require(
-        last == 0 or first <= last <= config.model.num_layers,
-        f"config.layerskip.exit_last ({last}) must be 0 (all exits) or within exit_first..num_layers "
-        f"({first}..{config.model.num_layers})",
-    )
-    draft = config.layerskip.draft_exit
-    _require(
-        0 <= draft < config.model.num_layers,
-        f"config.layerskip.draft_exit ({draft}) must be 0 (none) or an early exit, 1..{config.model.num_layers - 1}",
-    )
-    stride = config.layerskip.exit_token_stride
-    _require(
-        t.sequence_length % stride == 0,
-        f"config.layerskip.exit_token_stride ({stride}) must divide config.training.sequence_length "
-        f"({t.sequence_length})",
-    )
     _require(
         0 <= t.warmup_steps <= t.total_steps,
         f"config.training.warmup_steps ({t.warmup_steps}) must be within 0..total_steps ({t.total_steps})",
+    )
+
+
+def _check_exits(config: Config) -> None:
+    """What the exits ask of the model, of the sequences and of each other."""
+    s, layers, length = config.layerskip, config.model.num_layers, config.training.sequence_length
+    _require(
+        s.exit_first <= layers,
+        f"config.layerskip.exit_first ({s.exit_first}) exceeds config.model.num_layers ({layers})",
+    )
+    _require(
+        s.exit_last == 0 or s.exit_first <= s.exit_last <= layers,
+        f"config.layerskip.exit_last ({s.exit_last}) must be 0 (all exits) or within exit_first..num_layers "
+        f"({s.exit_first}..{layers})",
+    )
+    _require(
+        0 <= s.draft_exit < layers,
+        f"config.layerskip.draft_exit ({s.draft_exit}) must be 0 (none) or an exit layer below "
+        f"config.model.num_layers ({layers})",
+    )
+    _require(
+        not s.draft_exit or s.exit_weight_floor > 0 or (s.draft_exit > 1 and s.exit_scale > 0),
+        f"config.layerskip.draft_exit ({s.draft_exit}) weighs nothing: set exit_weight_floor, such as 0.3",
+    )
+    _require(
+        not s.exit_distillation or bool(s.draft_exit) or s.exit_curriculum != "none",
+        f"config.layerskip.exit_distillation is {s.exit_distillation}, but no early exit is trained: choose an "
+        "exit_curriculum or a draft_exit",
+    )
+    _require(
+        length % s.exit_token_stride == 0,
+        f"config.layerskip.exit_token_stride ({s.exit_token_stride}) must divide config.training.sequence_length "
+        f"({length})",
     )
 
 
@@ -331,6 +342,7 @@ def _check_values(config: Config) -> None:
     check_model(config.model)
     _check_layerskip(config.layerskip)
     _check_training(config)
+    _check_exits(config)
     d = config.data.held_out_fraction
     _require(0 < d < 1, f"config.data.held_out_fraction must be between 0 and 1, got {d}")
     _positive("checkpoint", config.checkpoint, "every_steps", "keep")

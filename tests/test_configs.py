@@ -61,12 +61,14 @@ def test_a_run_of_the_paper_has_its_values(name):
     extras = (
         s.exit_weight_floor,
         s.exit_distillation,
+        s.exit_distillation_schedule,
+        s.draft_exit,
         s.exit_first,
         s.exit_last,
         s.exit_token_stride,
         s.exits_train_head,
     )
-    assert extras == (0, 0, 1, 0, 1, True)
+    assert extras == (0, 0, "constant", 0, 1, 0, 1, True)
     assert s.dropout_granularity == "sample"
     assert not s.dropout_rescale
 

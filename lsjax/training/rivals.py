@@ -74,7 +74,7 @@ class TorchTraining:
         batch = Batch(*(None if a is None else self.torch.as_tensor(np.asarray(a)) for a in turn.batch))
         targets, weights = batch.targets.flatten().long(), batch.weights.flatten()
         states, teacher = self._states(batch, turn.layer_mask), None
-        distillation = turn.recipe.exit_distillation.tolist()
+        distillation = self.torch.tensor(turn.recipe.exit_distillation)  # a number would be compiled in
         loss, exits = 0.0, np.flatnonzero(turn.recipe.exit_active)[::-1]  # the last layer first: it teaches the others
         for exit_ in exits:
             each, log_p = self.charge(states[exit_].flatten(0, 1), targets, teacher, distillation[exit_])
@@ -106,7 +106,7 @@ class TorchTraining:
         ids = batch.segment_ids
         return causal if ids is None else causal & (ids[:, None, :, None] == ids[:, None, None, :])
 
-    def _charge(self, x, targets, teacher, distillation: float):
+    def _charge(self, x, targets, teacher, distillation):
         """Of each token: cross-entropy + distillation KL(teacher || exit); and log-probabilities [tokens, V]."""
         functional = self.torch.nn.functional
         log_p = functional.log_softmax(self.model.lm_head(self.model.model.norm(x)).float(), dim=-1)

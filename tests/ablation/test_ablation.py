@@ -11,6 +11,7 @@ from lsjax.ablation import run
 from lsjax.ablation.ablate import ablate
 from lsjax.ablation.recipes import BASELINE, choose, recipes
 from lsjax.ablation.report import Outcome, baseline_at_equal_time, findings, outcomes
+from lsjax.config import Config
 from lsjax.errors import UserError
 from lsjax.layerskip.dropout import layer_dropout_rates
 from lsjax.training.step import recipe_at
@@ -44,6 +45,11 @@ def test_recipes_are_what_they_say(tiny_run):
     assert len(set(np.asarray(rates[1]).tolist())) == 1
     assert recipe_at(0, known["focused"].config(tiny_run, 0)).exit_active.tolist() == [True, False, False, True]
     assert known["none-longer"].config(tiny_run, 0).training.total_steps == 15
+    drafting = recipe_at(6, known["drafting"].config(tiny_run, 0))  # of 12 steps
+    assert drafting.exit_active.tolist() == [True, True, False, True]
+    np.testing.assert_allclose(drafting.exit_distillation, [0, 20 * 6 / 11, 0, 0], rtol=1e-6)
+    for recipe in known.values():
+        Config.from_dict(recipe.config(tiny_run, 0).to_dict())
 
 
 def test_a_recipe_that_is_none_is_named():

@@ -108,7 +108,14 @@ def test_the_plain_step_has_the_flops_of_the_formula():
 
 @pytest.mark.parametrize(
     "recipe",
-    [{}, {"exits_train_head": False}, {"exit_first": 4}, {"exit_last": 2}, {"exit_last": 1, "draft_exit": 3}],
+    [
+        {},
+        {"exits_train_head": False},
+        {"exit_first": 4},
+        {"exit_last": 2},
+        {"exit_last": 1, "draft_exit": 3},
+        {"exit_last": 2, "exit_distillation": 1.0},
+    ],
     ids=str,
 )
 def test_exits_cost_what_is_counted(recipe):

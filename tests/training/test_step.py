@@ -12,6 +12,7 @@ import pytest
 from lsjax.config import Config, MeshConfig
 from lsjax.data.batch import Batch
 from lsjax.errors import UserError
+from lsjax.model.transformer import exit_logits, hidden_states
 from lsjax.scale.sharding import make_mesh
 from lsjax.training import step as step_module
 from lsjax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -52,7 +53,8 @@ def run_steps(config, mesh_config, steps=3, devices=None):
 
 
 def test_steps_compile_once_while_every_schedule_moves(tiny_run):
-    config = replace(tiny_run, layerskip={"dropout_time_schedule": "exponential", "exit_curriculum": "gradual"})
+    recipe = {"dropout_time_schedule": "exponential", "exit_curriculum": "gradual", "exit_distillation": 1.0}
+    config = replace(tiny_run, layerskip=recipe | {"exit_distillation_schedule": "linear"})
     _, metrics, step = run_steps(config, MeshConfig(), steps=8)
     assert step._cache_size() == 1
     assert len({tuple(m.exit_active.tolist()) for m in metrics}) > 2
@@ -132,25 +134,47 @@ def test_the_recipe_is_that_of_the_step(tiny_run):
     np.testing.assert_allclose(recipe.exit_weights, [0, 0.2 / (0.2 + 3.6), 0, 3.6 / (0.2 + 3.6)], rtol=1e-5)
 
 
-def test_a_draft_exit_alone_learns_from_the_last_layer_more_and_more(tiny_run):
-    """Without any curriculum. From the same parameters: nothing at step 0; at the last step, the whole share."""
-    recipe = {"exit_curriculum": "none", "draft_exit": 2, "exit_distillation": 5.0, "dropout_max_rate": 0.0}
+@pytest.mark.parametrize(("curriculum", "on"), [("none", [1, 3]), ("all", [0, 1, 2, 3])])
+def test_a_draft_exit_alone_learns_from_the_last_layer_more_and_more(tiny_run, curriculum, on):
+    """From the same parameters: nothing at step 0; at the last step, the whole share."""
+    recipe = {"exit_curriculum": curriculum, "draft_exit": 2, "exit_distillation": 5.0, "dropout_max_rate": 0.0}
     config = replace(tiny_run, layerskip=recipe | {"exit_distillation_schedule": "linear"}, training={"total_steps": 9})
     state, batch = init_state(config), make_batch(config)
     state = state._replace(params=jax.tree.map(lambda a: 10 * a, state.params))  # fresh ones: all exits say the same
     run = lambda step, config: train_step(state._replace(step=jnp.int32(step)), batch, config=config)[1]  # noqa: E731
     untaught = replace(config, layerskip={"exit_distillation": 0.0})
-    assert np.flatnonzero(run(0, config).exit_losses).tolist() == [1, 3]
+    assert np.flatnonzero(run(0, config).exit_losses).tolist() == on
     np.testing.assert_allclose(run(0, config).loss, run(0, untaught).loss, rtol=1e-6)
     gain = run(8, config).loss - run(0, config).loss
     assert gain > 1e-3
     np.testing.assert_allclose(run(4, config).loss - run(0, config).loss, gain / 2, rtol=1e-3)
+    # The divergence of that exit alone, whichever others are on: the same in both cases, a weight apart.
+    np.testing.assert_allclose(
+        gain / recipe_at(8, config).exit_weights[1], 5 * divergence(state, batch, config), rtol=1e-3
+    )
 
 
-@pytest.mark.parametrize("draft_exit", [-1, 4])
-def test_a_draft_exit_is_an_early_one(tiny_run, draft_exit):
-    with pytest.raises(UserError, match=r"draft_exit .* 1\.\.3"):
-        Config.from_dict(replace(tiny_run, layerskip={"draft_exit": draft_exit}).to_dict())
+def divergence(state, batch, config, exit_layer=2):
+    """KL(last || exit), nats a learned token."""
+    states = hidden_states(state.params, batch.tokens, config.model)
+    log_p = jax.nn.log_softmax(exit_logits(state.params, states, config.model))
+    of_token = jnp.sum(jnp.exp(log_p[-1]) * (log_p[-1] - log_p[exit_layer - 1]), axis=-1)
+    return jnp.sum(of_token * batch.weights) / jnp.sum(batch.weights)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"draft_exit": -1}, "draft_exit .* below config.model.num_layers .4"),
+        ({"draft_exit": 4}, "draft_exit .* below config.model.num_layers .4"),
+        ({"draft_exit": 1}, "draft_exit .1. weighs nothing: set exit_weight_floor"),
+        ({"draft_exit": 2, "exit_scale": 0.0}, "draft_exit .2. weighs nothing"),
+        ({"exit_distillation": 1.0, "exit_curriculum": "none"}, "no early exit is trained"),
+    ],
+)
+def test_what_a_draft_exit_cannot_be(tiny_run, recipe, said):
+    with pytest.raises(UserError, match=said):
+        Config.from_dict(replace(tiny_run, layerskip=recipe).to_dict())
 
 
 @functools.cache
