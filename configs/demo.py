@@ -8,8 +8,8 @@ the first; self-speculation nearly 2 times as fast as autoregressive (trained in
 are also copied from the text: --config.training.compute_dtype=float32).
 
 Not the paper's recipe but a short-budget one: layers are dropped a batch at a time, linearly in depth, so that their
-compute is really saved; the first exits, which draft, get a real share of the loss, and early exits also learn from
-the last layer's own distribution. Wide enough that its weights do not fit a processor's cache: reading them is then
+compute is really saved; every exit in its turn gets a real share of the loss; and the one that drafts best, of layer 2,
+is on at every step and learns from the last layer's own distribution, the more the longer training goes on. Wide enough that its weights do not fit a processor's cache: reading them is then
 what decoding costs, as on any larger model.
 """
 
@@ -32,7 +32,9 @@ def get_config():
     config.layerskip.exit_scale = 1.0
     config.layerskip.exit_rotation = 4
     config.layerskip.exit_weight_floor = 0.3
-    config.layerskip.exit_distillation = 3.0
+    config.layerskip.draft_exit = 2
+    config.layerskip.exit_distillation = 20.0
+    config.layerskip.exit_distillation_schedule = "linear"
 
     config.training.total_steps = 400
     config.training.batch_size = 8

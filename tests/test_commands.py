@@ -47,6 +47,7 @@ BAD_TRAINING = {
     "unknown flag": ([*TRAIN, "--frobnicate=1"], "frobnicate"),
     "stray argument": ([*TRAIN, "extra"], "extra"),
     "bad choice": ([*TRAIN, "--config.layerskip.exit_curriculum=some"], "rotational"),
+    "draft exit too deep": ([*TRAIN, "--config.layerskip.draft_exit=12"], "config.model.num_layers (12)"),
     "impossible shape": ([*TRAIN, "--config.model.num_kv_heads=5"], "num_kv_heads"),
     "sequence over context": ([*TRAIN, "--config.training.sequence_length=100000"], "context_length"),
     "no corpus": ([*TRAIN, "--config.data.corpus={tmp}/nothing"], "config.data.corpus"),
@@ -210,7 +211,7 @@ def test_decode_sweeps_a_grid(workdir, tmp_path):
 def test_train_runs_and_resumes(text_folder, tmp_path):
     overrides = [
         "--config=configs/demo.py", f"--workdir={tmp_path}/w", f"--config.data.corpus={text_folder}",
-        "--config.data.held_out_fraction=0.2", "--config.model.num_layers=2", "--config.model.width=32",
+        "--config.data.held_out_fraction=0.2", "--config.model.num_layers=3", "--config.model.width=32",
         "--config.model.vocab_size=300", "--config.model.feed_forward_width=64", "--config.training.total_steps=4",
         "--config.training.warmup_steps=1",
     ]  # fmt: skip
@@ -304,7 +305,7 @@ def test_bad_input_to_benchmark_kernels(name, tmp_path):
 
 
 def test_training_is_timed(tmp_path):
-    sizes = "--config.model.num_layers=2", "--config.model.width=32", "--config.training.sequence_length=16"
+    sizes = "--config.model.num_layers=3", "--config.model.width=32", "--config.training.sequence_length=16"
     report = tmp_path / "report.json"
     how = "--config=configs/demo.py", "--steps=2", "--warmup=1", f"--report={report}"
     result = run("benchmark_training.py", *how, *sizes)
