@@ -3,14 +3,13 @@
   make demo
   python launch/demo.py --config=configs/demo.py --workdir=runs/demo
 
-Hardware: 2 CPU cores. Expected: about 8 minutes in all; held-out loss 4.32 nats a token at the last layer and 4.42 at
-the first; self-speculation nearly 2 times as fast as autoregressive (trained in float32, 2.3 times, 2.8 where drafts
-are also copied from the text: --config.training.compute_dtype=float32).
+Hardware: 2 CPU cores. Expected: about 8 minutes in all; held-out loss 4.11 nats a token at the last layer and 4.27 at
+the first; self-speculation 2.8 times as fast as autoregressive, 3.1 where drafts are also copied from the text.
 
 Not the paper's recipe but a short-budget one: layers are dropped a batch at a time, linearly in depth, so that their
 compute is really saved; every exit in its turn gets a real share of the loss; and the one that drafts best, of layer 2,
-is on at every step and learns from the last layer's own distribution, the more the longer training goes on. Wide enough that its weights do not fit a processor's cache: reading them is then
-what decoding costs, as on any larger model.
+is on at every step and learns from the last layer's own distribution, the more the longer training goes on. Wide enough
+that its weights do not fit a processor's cache: reading them is then what decoding costs, as on any larger model.
 """
 
 from lsjax.config import default_config
