@@ -141,13 +141,19 @@ def test_a_draft_exit_alone_learns_from_the_last_layer_more_and_more(tiny_run, c
     config = replace(tiny_run, layerskip=recipe | {"exit_distillation_schedule": "linear"}, training={"total_steps": 9})
     state, batch = init_state(config), make_batch(config)
     state = state._replace(params=jax.tree.map(lambda a: 10 * a, state.params))  # fresh ones: all exits say the same
-    run = lambda step, config: train_step(state._replace(step=jnp.int32(step)), batch, config=config)[1]  # noqa: E731
-    untaught = replace(config, layerskip={"exit_distillation": 0.0})
-    assert np.flatnonzero(run(0, config).exit_losses).tolist() == on
-    np.testing.assert_allclose(run(0, config).loss, run(0, untaught).loss, rtol=1e-6)
-    gain = run(8, config).loss - run(0, config).loss
+
+    @functools.partial(jax.jit, static_argnames="config")
+    def run(step, config):
+        metrics = train_step(state._replace(step=step), batch, config=config)[1]
+        return metrics.loss, metrics.exit_losses
+
+    untaught, losses = run(0, replace(config, layerskip={"exit_distillation": 0.0}))
+    first, middle, last = (run(step, config)[0] for step in (0, 4, 8))
+    assert np.flatnonzero(losses).tolist() == on
+    np.testing.assert_allclose(first, untaught, rtol=1e-6)
+    gain = last - first
     assert gain > 1e-3
-    np.testing.assert_allclose(run(4, config).loss - run(0, config).loss, gain / 2, rtol=1e-3)
+    np.testing.assert_allclose(middle - first, gain / 2, rtol=1e-3)
     # The divergence of that exit alone, whichever others are on: the same in both cases, a weight apart.
     np.testing.assert_allclose(
         gain / recipe_at(8, config).exit_weights[1], 5 * divergence(state, batch, config), rtol=1e-3
