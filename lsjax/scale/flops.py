@@ -69,13 +69,13 @@ def step_flops(config: Config) -> StepFlops:
     forward = forward_flops(c, config.training.sequence_length)
     run = 1 - skipped_share(config)
     # Forward, gradient of the states and of the head; inside the layer loop the forward is done again.
-    passes = 2 + s.exits_train_head + (0 if s.exit_distillation else 1)
-    teacher = 1 if s.exit_distillation else 0  # the last layer's logits once more, at every step
+    taught = s.exit_distillation > 0  # after the layers then, with the last layer's logits once more at every step
+    passes = 2 + s.exits_train_head + (not taught)
     recomputed = run * (_recomputed_layers(config, forward) + forward.attention_causal / 2)
     return StepFlops(
         model=3 * forward.model(),
         model_causal=3 * forward.model(causal=True),
-        exits=(teacher + passes * early_exits(config)) * forward.head / s.exit_token_stride,
+        exits=(taught + passes * early_exits(config)) * forward.head / s.exit_token_stride,
         skipped=3 * (1 - run) * (forward.layers + forward.attention_causal),
         recomputed=recomputed,
     )
