@@ -35,9 +35,9 @@ def multi_exit_loss(
     exit_weights, exit_active and distillation [L] are data: a curriculum never recompiles, and an inactive exit costs
     nothing (`lax.cond`); with exit_active None the program has no early exit at all, with distillation None no teacher.
     Index l reads the state after layer l; the last layer always counts. Early exits look at every `token_stride`-th
-    token, from `token_offset` on, each for so many. Unless `exits_train_head`, only the last layer pulls on the shared norm and head; unless `head_learns`,
-    nothing does on the head. With distillation the states of all layers are kept until the last one is known; without,
-    each exit's loss is taken inside the layer scan.
+    token, from `token_offset` on, each for so many. Unless `exits_train_head`, only the last layer pulls on the shared
+    norm and head; unless `head_learns`, nothing does on the head. With distillation the states of all layers are kept
+    until the last one is known; without, each exit's loss is taken inside the layer scan.
     `layers`: how the layers run, for `scan_layers` (layer_mask, pieces, attention, rematerialize, unroll).
     """
     exit_weights = jnp.asarray(exit_weights)
