@@ -1,15 +1,18 @@
-"""Llama 2 7B continued with LayerSkip: the paper's first continual run (arXiv 2404.16710, section 5 and Tables 8-10).
-
-52B tokens: 4 sequences a GPU on 64 A100 80 GB for 50,000 steps, learning rate 3e-5, dropout constant in time.
-Expected: CNN/DM: self-speculation at exit layer 8 with 12 drafts 1.86 times faster, 69 % accepted; WikiText
-perplexity 4.30 at the last layer (4.32 before) and 8.12 at the middle one (1900 before) (its Tables 1 and 3).
-Not in the paper, chosen here: the corpus, optimizer betas, weight decay, warm-up, decay schedule, clipping and number
-types.
+"""Continues Llama 2 7B with LayerSkip: the paper's first continual run (arXiv 2404.16710, section 5, Tables 8-10).
 
   python launch/train.py --config=configs/continual_llama2_7b.py --workdir=runs/continual_llama2_7b
 
-Compiled ahead of time (launch/compile_ahead.py; the bounds are of peak rates, not measurements;
-on GPU with the attention of cuDNN):
+Run: 52B tokens in 50,000 steps; 4 sequences per GPU; learning rate 3e-5; dropout constant in time.
+Hardware: 64 A100 80 GB.
+Time: at least 35 hours on that hardware (50,000 times the compiled bound below).
+Expected: on CNN/DM, self-speculation at exit layer 8 with 12 drafts is 1.86 times faster and accepts 69 % of drafts
+  (the paper's Table 3); WikiText perplexity is 4.30 at the last layer (4.32 before) and 8.12 at the middle layer
+  (1900 before; Table 1).
+Not in the paper, chosen here: the corpus, optimizer betas, weight decay, warm-up, decay schedule, clipping and number
+  types.
+
+Compiled ahead of time by launch/compile_ahead.py. The bounds follow from peak rates and are not measurements;
+GPU figures use cuDNN attention:
   gpu:a100-80:8x8 train: fits, 56.3 of 72.9 GiB; bound by matmul, 2.49 s; MFU bound 97% (causal 90%)
   gpu:h100:8x8 train: fits, 56.7 of 72.8 GiB; bound by matmul, 0.786 s; MFU bound 97% (causal 90%)
   tpu:v5p:4x4x4 train: fits, 61.7 of 95.7 GiB; bound by matmul, 1.69 s; MFU bound 97% (causal 90%)
@@ -18,7 +21,7 @@ on GPU with the attention of cuDNN):
 import ml_collections
 
 from lsjax import default_config
-from lsjax.model.shapes import LLAMAS
+from lsjax.model.presets import LLAMAS
 
 
 def get_config() -> ml_collections.ConfigDict:

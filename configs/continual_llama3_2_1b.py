@@ -1,15 +1,17 @@
-"""Llama 3.2 1B continued with LayerSkip (arXiv 2404.16710, section 5 and Table 2).
-
-839B tokens, which is all that the paper gives beside p_max, e_scale and R: here 200,000 steps of 1,024 sequences.
-Expected: self-speculation at exit layer 4 1.80 times faster on an A100 (the authors' article); MMLU 31.2 -> 24.8 (its
-Table 2).
-Not in the paper, chosen here: steps, batch, sequence length, learning rate (here 3e-5), the hardware, the corpus,
-optimizer betas, weight decay, warm-up, decay schedule, clipping and number types.
+"""Continues Llama 3.2 1B with LayerSkip (arXiv 2404.16710, section 5 and Table 2).
 
   python launch/train.py --config=configs/continual_llama3_2_1b.py --workdir=runs/continual_llama3_2_1b
 
-Compiled ahead of time (launch/compile_ahead.py; the bounds are of peak rates, not measurements;
-on GPU with the attention of cuDNN):
+Run: 839B tokens, here in 200,000 steps of 1,024 sequences. The paper gives only the tokens, p_max, e_scale and R.
+Hardware: not in the paper; compiled here for 64 A100 80 GB and for 64 TPU v5p chips.
+Time: at least 143 hours on 64 A100 (200,000 times the compiled bound below).
+Expected: self-speculation at exit layer 4 is 1.80 times faster on an A100 (the authors' article); MMLU falls from
+  31.2 to 24.8 (the paper's Table 2).
+Not in the paper, chosen here: steps, batch, sequence length, learning rate (3e-5), hardware, the corpus, optimizer
+  betas, weight decay, warm-up, decay schedule, clipping and number types.
+
+Compiled ahead of time by launch/compile_ahead.py. The bounds follow from peak rates and are not measurements;
+GPU figures use cuDNN attention:
   gpu:a100-80:8x8 train: fits, 21.8 of 72.9 GiB; bound by matmul, 2.58 s; MFU bound 73% (causal 67%)
   tpu:v5p:4x4x4 train: fits, 25.1 of 95.7 GiB; bound by matmul, 1.76 s; MFU bound 73% (causal 67%)
 """
@@ -17,7 +19,7 @@ on GPU with the attention of cuDNN):
 import ml_collections
 
 from lsjax import default_config
-from lsjax.model.shapes import LLAMAS
+from lsjax.model.presets import LLAMAS
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -1,48 +1,49 @@
-"""A small LayerSkip Llama, trained on a laptop in minutes on the interpreter's own standard library.
+"""Continues a small model with LayerSkip on a laptop, on the interpreter's own standard library.
 
   make demo
   python launch/demo.py --config=configs/demo.py --workdir=runs/demo
 
-Hardware: 2 CPU cores. Expected: about 8 minutes in all; held-out loss 4.11 nats a token at the last layer and 4.27 at
-the first; self-speculation 2.8 times as fast as autoregressive, 3.1 where drafts are also copied from the text.
+Hardware: 2 CPU cores.
+Time: 10 minutes in all, 5 of them training.
+Expected: exit layer 4 goes from a held-out loss of 5.78 to 4.28 nats per token, the last layer from 4.07 to 3.96.
+  Sampling, 52 % of 3 drafts are accepted instead of 18 %; greedy, 62 % of 2 drafts instead of 12 %.
 
-Not the paper's recipe but a short-budget one: layers are dropped a batch at a time, linearly in depth, so that their
-compute is really saved; every exit in its turn gets a real share of the loss; and the one that drafts best, of layer 2,
-is on at every step and learns from the last layer's own distribution, the more the longer training goes on. Wide enough
-that its weights do not fit a processor's cache: reading them is then what decoding costs, as on any larger model.
+The model is `python-20m`, which ships: 12 layers, trained on Python source without LayerSkip. It has not seen the
+standard library. This is not the paper's recipe but one for a short budget:
+- Exit layer 4, which drafts, trains at every step, with the weight of the last layer, and learns from the last layer's
+  distribution too. It is the only early exit.
+- It does not train the shared head, which the last layer would pay for.
+- There is no layer dropout, which pays off only over many steps.
 """
 
+import ml_collections
+
 from lsjax.config import default_config
+from lsjax.model.presets import LLAMAS
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
     config = default_config()
-    config.model.num_layers = 12
-    config.model.width = 384
-    config.model.num_heads = 6
-    config.model.num_kv_heads = 2
-    config.model.feed_forward_width = 1024
-    config.model.vocab_size = 1024
-    config.model.context_length = 256
+    config.initial_model = "python-20m"
+    config.model.update(LLAMAS["python_20m"].to_dict())
 
-    config.layerskip.dropout_max_rate = 0.5
-    config.layerskip.dropout_depth_schedule = "linear"
-    config.layerskip.dropout_granularity = "batch"
-    config.layerskip.exit_scale = 1.0
-    config.layerskip.exit_rotation = 4
-    config.layerskip.exit_weight_floor = 0.3
-    config.layerskip.draft_exit = 2
-    config.layerskip.exit_distillation = 20.0
-    config.layerskip.exit_distillation_schedule = "linear"
+    config.layerskip.dropout_max_rate = 0.0
+    config.layerskip.exit_curriculum = "none"
+    config.layerskip.exit_scale = 0.0
+    config.layerskip.exit_weight_floor = 1.0
+    config.layerskip.draft_exit = 4
+    config.layerskip.exit_distillation = 4.0
+    config.layerskip.exits_train_head = False
 
-    config.training.total_steps = 400
+    config.training.total_steps = 100
     config.training.batch_size = 8
-    config.training.sequence_length = 128
-    config.training.learning_rate = 1.5e-3
-    config.training.warmup_steps = 40
+    config.training.sequence_length = 512
+    config.training.learning_rate = 1e-3
+    config.training.warmup_steps = 10
     config.training.rematerialize = "elementwise"
+    config.training.scan_unroll = 12
 
-    config.evaluation.every_steps = 200
-    config.evaluation.max_batches = 16
-    config.checkpoint.every_steps = 200
+    config.evaluation.every_steps = 50
+    config.evaluation.max_batches = 12
+    config.checkpoint.every_steps = 50
     return config

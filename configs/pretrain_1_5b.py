@@ -1,15 +1,17 @@
-"""A 1.5B Llama from scratch with LayerSkip: the paper's first pretraining run (arXiv 2404.16710, section 5 and Tables
-8-10).
-
-26B tokens: 4 sequences a GPU on 32 GPUs for 50,000 steps. Learning rate 8e-4 (4e-4 is its rate without LayerSkip).
-Expected: CNN/DM: self-speculation at exit layer 8 1.76 times faster, 77 % of drafts accepted (its Table 4).
-Not in the paper, chosen here: feed-forward width and vocabulary (here by Llama 2's rules), the corpus, optimizer
-betas, weight decay, warm-up, decay schedule, clipping and number types.
+"""Trains a 1.5B Llama from scratch with LayerSkip: the paper's first pretraining run (arXiv 2404.16710, Tables 8-10).
 
   python launch/train.py --config=configs/pretrain_1_5b.py --workdir=runs/pretrain_1_5b
 
-Compiled ahead of time (launch/compile_ahead.py; the bounds are of peak rates, not measurements;
-on GPU with the attention of cuDNN):
+Run: 26B tokens in 50,000 steps; 4 sequences per GPU; learning rate 8e-4 (4e-4 is the paper's rate without LayerSkip).
+Hardware: 32 GPUs.
+Time: at least 7.1 hours on 32 A100 80 GB (50,000 times the compiled bound below).
+Expected: on CNN/DM, self-speculation at exit layer 8 is 1.76 times faster and accepts 77 % of drafts (the paper's
+  Table 4).
+Not in the paper, chosen here: feed-forward width and vocabulary (both by Llama 2's rules), the corpus, optimizer
+  betas, weight decay, warm-up, decay schedule, clipping and number types.
+
+Compiled ahead of time by launch/compile_ahead.py. The bounds follow from peak rates and are not measurements;
+GPU figures use cuDNN attention:
   gpu:a100-80:4x8 train: fits, 22.3 of 72.9 GiB; bound by matmul, 0.511 s; MFU bound 105% (causal 93%)
   tpu:v5p:2x4x4 train: fits, 24.1 of 95.7 GiB; bound by matmul, 0.347 s; MFU bound 105% (causal 93%)
 """
@@ -17,7 +19,7 @@ on GPU with the attention of cuDNN):
 import ml_collections
 
 from lsjax import default_config
-from lsjax.model.shapes import LLAMAS
+from lsjax.model.presets import LLAMAS
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -1,13 +1,15 @@
-"""Llama 2 70B from scratch with LayerSkip: not a run of the paper, but the size that shows whether the sharding holds.
-
-26B tokens as the smaller ones: 1,024 sequences a step, 6,250 steps.
-Expected: nothing published.
-Not in the paper, chosen here: all but the recipe, which is that of pretrain_7b.
+"""Trains Llama 2 70B from scratch with LayerSkip. The paper has no such run; this size checks that the sharding holds.
 
   python launch/train.py --config=configs/pretrain_70b.py --workdir=runs/pretrain_70b
 
-Compiled ahead of time (launch/compile_ahead.py; the bounds are of peak rates, not measurements;
-on GPU with the attention of cuDNN):
+Run: 26B tokens, as for the smaller models, in 6,250 steps of 1,024 sequences.
+Hardware: compiled here for 256 A100 80 GB and for 256 TPU v5p chips.
+Time: at least 49 hours on 256 A100 (6,250 times the compiled bound below).
+Expected: nothing published.
+Not in the paper, chosen here: everything except the recipe, which is that of pretrain_7b.
+
+Compiled ahead of time by launch/compile_ahead.py. The bounds follow from peak rates and are not measurements;
+GPU figures use cuDNN attention:
   gpu:a100-80:32x8 train: fits, 47.5 of 72.9 GiB; bound by matmul, 28.2 s; MFU bound 83% (causal 80%)
   tpu:v5p:4x8x8 train: fits, 54.9 of 95.7 GiB; bound by matmul, 19.2 s; MFU bound 83% (causal 80%)
 """
@@ -15,7 +17,7 @@ on GPU with the attention of cuDNN):
 import ml_collections
 
 from lsjax import default_config
-from lsjax.model.shapes import LLAMAS
+from lsjax.model.presets import LLAMAS
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -1,15 +1,18 @@
-"""Llama 2 7B from scratch with LayerSkip: the paper's second pretraining run (arXiv 2404.16710, section 5 and Tables
-8-10).
-
-26B tokens: 4 sequences a GPU on 32 GPUs for 50,000 steps. Learning rate 8e-4 (3e-4 is its rate without LayerSkip).
-Expected: CNN/DM: self-speculation at exit layer 8 2.16 times faster, 78 % of drafts accepted (its Table 4).
-Not in the paper, chosen here: feed-forward width, vocabulary (here Llama 2's own; 16 heads in its Table 10 are taken
-for a misprint of 32), the corpus, optimizer betas, weight decay, warm-up, decay schedule, clipping and number types.
+"""Trains Llama 2 7B from scratch with LayerSkip: the paper's second pretraining run (arXiv 2404.16710, Tables 8-10).
 
   python launch/train.py --config=configs/pretrain_7b.py --workdir=runs/pretrain_7b
 
-Compiled ahead of time (launch/compile_ahead.py; the bounds are of peak rates, not measurements;
-on GPU with the attention of cuDNN):
+Run: 26B tokens in 50,000 steps; 4 sequences per GPU; learning rate 8e-4 (3e-4 is the paper's rate without LayerSkip).
+Hardware: 32 GPUs.
+Time: at least 32 hours on 32 A100 80 GB (50,000 times the compiled bound below).
+Expected: on CNN/DM, self-speculation at exit layer 8 is 2.16 times faster and accepts 78 % of drafts (the paper's
+  Table 4).
+Not in the paper, chosen here: feed-forward width, vocabulary (Llama 2's own), heads (the 16 in the paper's Table 10
+  are taken for a misprint of 32), the corpus, optimizer betas, weight decay, warm-up, decay schedule, clipping and
+  number types.
+
+Compiled ahead of time by launch/compile_ahead.py. The bounds follow from peak rates and are not measurements;
+GPU figures use cuDNN attention:
   gpu:a100-80:4x8 train: fits, 56.3 of 72.9 GiB; bound by matmul, 2.33 s; MFU bound 104% (causal 96%)
   gpu:h100:8x8 train: fits, 32.3 of 72.8 GiB; bound by matmul, 0.368 s; MFU bound 104% (causal 96%)
   tpu:v5p:2x4x4 train: fits, 61.7 of 95.7 GiB; bound by matmul, 1.59 s; MFU bound 104% (causal 96%)
@@ -19,7 +22,7 @@ on GPU with the attention of cuDNN):
 import ml_collections
 
 from lsjax import default_config
-from lsjax.model.shapes import LLAMAS
+from lsjax.model.presets import LLAMAS
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -1,356 +1,300 @@
 """Configuration: frozen dataclasses, built from the ml_collections config that a file in configs/ returns.
 
-A configuration file starts from `default_config()`, so that every key exists (and can be overridden on the
-command line), and sets what differs. `Config.from_dict` checks names, types and values once, at start.
+A configuration file starts from `default_config()`, so that every key exists and can be overridden on the command
+line, and sets what differs. `Config.from_dict` checks names, types and values once, at the start of a command. The
+text under each field documents that key.
 """
 
 import dataclasses
-import difflib
-import typing
-from typing import Any
+from typing import Any, Literal
 
 import ml_collections
 
-from lsjax.errors import UserError
+from lsjax.checks import build_dataclass
+from lsjax.config_checks import check_config
+from lsjax.errors import UserError, shown
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Frequency scaling of the rotary embedding. `kind`: "none", "linear" (divide by factor) or "llama3"."""
+    """Frequency scaling of the rotary embedding, for contexts longer than the model was first trained on."""
 
-    kind: str = "none"
+    kind: Literal["none", "linear", "llama3"] = "none"
+    """Kind of scaling: "linear" divides every frequency by `factor`, "llama3" only the low ones (as Llama 3)."""
     factor: float = 1.0
+    """Divisor of the scaled frequencies, positive."""
     low_frequency_factor: float = 1.0
+    """For "llama3": wavelengths above original_context_length / low_frequency_factor are divided by `factor`."""
     high_frequency_factor: float = 4.0
+    """For "llama3": wavelengths below original_context_length / high_frequency_factor stay as they are."""
     original_context_length: int = 8192
+    """For "llama3": context length of the first training, in tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a Llama. Letters of the docstrings: L num_layers, D width, N num_heads, K num_kv_heads,
-    H head_width, F feed_forward_width, V vocab_size."""
+    """Shape of a Llama. The letters are those that the docstrings use for array shapes."""
 
     num_layers: int = 12
+    """Number of transformer layers (L)."""
     width: int = 256
+    """Width of the hidden states (D)."""
     num_heads: int = 4
+    """Number of query heads (N), a multiple of num_kv_heads."""
     num_kv_heads: int = 2
+    """Number of key and value heads (K); equal to num_heads for Llama 1 and for Llama 2 up to 13B."""
     head_width: int = 64
+    """Width of one head (H), even."""
     feed_forward_width: int = 704
+    """Inner width of the feed-forward block (F)."""
     vocab_size: int = 2048
+    """Number of rows of the embedding (V), at least the number of tokens that the tokenizer has."""
     context_length: int = 1024
+    """Largest number of tokens that the model is meant to attend to."""
     tie_embeddings: bool = True
+    """Whether the LM head is the transposed embedding."""
     rope_theta: float = 10000.0
+    """Base of the rotary embedding's frequencies."""
     rope_scaling: RopeScaling = RopeScaling()
+    """Frequency scaling of the rotary embedding."""
     rms_norm_epsilon: float = 1e-5
+    """Constant added to the mean square in every RMS norm."""
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the shape as nested dicts of plain values."""
         return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSkipConfig:
-    """The recipe (arXiv 2404.16710, section 4.1). The defaults are the paper's continual setting.
-
-    `dropout_granularity`: "sample" draws for each sequence (the paper) and masks; "subset" keeps as many sequences of
-    every device, drawn anew for each layer, and computes only these (after DINOv2's stochastic depth, arXiv
-    2304.07193), a device's sequences of a microbatch going by `dropout_groups` of equal size; "batch" draws once for
-    the whole batch, and skips. What "subset" draws depends on the number of devices.
-    `exit_weight_floor`: least weight of an active exit, as a share of the last layer's (0 is the paper, where the
-    first exits, the cheapest to draft with, weigh next to nothing).
-    `exit_distillation`: beside the cross-entropy of each early exit, this much of its KL divergence from the last
-    layer's own distribution, gradient stopped (not in the paper; EESD, arXiv 2406.03853). 0 is the paper.
-    `exit_distillation_schedule`: "constant", or "linear": from nothing up to `exit_distillation` over the run (after
-    PS-KD, arXiv 2006.12000).
-    `draft_exit`: the exit layer that decoding will draft with: on at every step, whatever the curriculum,
-    `exit_first` and `exit_last` say, and the only one that `exit_distillation` is for (0 is the paper: none is singled
-    out, and all learn alike).
-    `exit_first`: exit layers below it are left out of the curriculum (1 is the paper; asking the first layers of a
-    pretrained model to predict costs its last layer dear). `exit_last`: so are those above it, but for the last layer
-    (0: none is): exits that will not draft need not learn to.
-    `exit_token_stride`: early exits look at one token in so many, another one each step (the last layer at all).
-    `exits_train_head`: whether early exits pull on the shared norm and head (as in the paper)."""
+    """The LayerSkip recipe (arXiv 2404.16710, section 4.1). The defaults are the paper's continual setting."""
 
     dropout_max_rate: float = 0.1
-    dropout_depth_schedule: str = "exponential"
-    dropout_time_schedule: str = "constant"
-    dropout_granularity: str = "sample"
+    """Dropout probability p_max of the last layer, in [0, 1). The paper: 0.1 or 0.2."""
+    dropout_depth_schedule: Literal["exponential", "linear", "uniform"] = "exponential"
+    """Growth of the dropout rate with depth, D(l). The paper: "exponential"."""
+    dropout_time_schedule: Literal["constant", "exponential", "linear_decay"] = "constant"
+    """Change of the dropout rate over the run, S(t). The paper: "constant" when it continues from a pretrained model,
+    "exponential" from scratch. arXiv 2609.05275: "linear_decay"."""
+    dropout_granularity: Literal["sample", "subset", "batch"] = "sample"
+    """Unit that is dropped. "sample" draws for each sequence and masks (the paper). "subset" keeps the same number of
+    sequences on every device, drawn anew for each layer, and computes only those (after DINOv2's stochastic depth,
+    arXiv 2304.07193); its draws depend on the number of devices. "batch" draws once per layer for the whole
+    microbatch and skips the layer's compute."""
     dropout_groups: int = 4
+    """For "subset": it keeps or drops a device's sequences of a microbatch in this number of groups of equal size."""
     dropout_rescale: bool = False
+    """Whether a layer that is kept is scaled by 1/(1-p). The paper: False. arXiv 2609.05275: True."""
     exit_scale: float = 0.2
-    exit_curriculum: str = "rotational"
+    """Scale e_scale of the early exits' loss weights, in [0, 1]. The paper: 0.1, 0.2 or 1.0."""
+    exit_curriculum: Literal["none", "rotational", "gradual", "all"] = "rotational"
+    """Early exits that are active at each step. "rotational": every R-th exit, one further each step. "gradual": from
+    the last layer down to the first, all of them from half of the run on. The paper: both of these."""
     exit_rotation: int = 8
+    """Period R of the rotational curriculum, in steps. The paper: 8 to 39."""
     exit_weight_floor: float = 0.0
+    """Least loss weight of an active exit, as a share of the last layer's, in [0, 1]. The paper: 0, where the first
+    exits, which are the cheapest to draft with, have almost no weight."""
     exit_distillation: float = 0.0
-    exit_distillation_schedule: str = "constant"
+    """Weight of each early exit's KL divergence from the last layer's distribution (gradient stopped), added to its
+    cross-entropy (after EESD, arXiv 2406.03853). The paper: 0."""
+    exit_distillation_schedule: Literal["constant", "linear"] = "constant"
+    """Change of exit_distillation over the run; "linear" grows from 0 to its value (after PS-KD, arXiv 2006.12000)."""
     draft_exit: int = 0
+    """Exit layer that decoding will draft with. It is active at every step, whatever exit_curriculum, exit_first and
+    exit_last say, and is the only exit that exit_distillation applies to. 0 singles out none (the paper)."""
+    exit_adapter: Literal["none", "linear"] = "none"
+    """Learned map between the state at draft_exit and the shared norm and head, for drafts alone. "linear" is h + h W
+    with a matrix W [D,D] that starts at zero (tuned lens, arXiv 2303.08112). It learns from the last layer's
+    distribution alone. The model is frozen and stays as it is, bit for bit. The paper: "none"."""
     exit_first: int = 1
+    """First exit layer of the curriculum. The paper: 1. Training the first layers of a pretrained model to predict
+    harms its last layer most."""
     exit_last: int = 0
+    """Last early exit layer of the curriculum, for exits that will not draft; the model's last layer always trains.
+    0 sets no limit (the paper)."""
     exit_token_stride: int = 1
+    """Early exits and the exit_adapter learn from one token in this number, a different one each step; the last layer
+    from all tokens.
+    It divides training.sequence_length. The paper: 1."""
     exits_train_head: bool = True
+    """Whether early exits send gradients to the shared norm and head. The paper: True."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """`corpus`: "python" (the running interpreter's standard library), a folder of text, or a .jsonl file.
-    `tokenizer`: a tokenizer.json; empty takes that of `initial_model`, or without one trains a byte-level BPE of
-    model.vocab_size entries on the corpus.
-    `separate_documents`: whether positions and attention start anew at each document packed into a sequence; if not,
-    a token sees all that stands before it (and cuDNN's attention, which wants a mask for it, is faster).
-    `directory`: where packed data is kept; empty means WORKDIR/data."""
+    """Text to train on, and how it is packed into sequences."""
 
     corpus: str = "python"
+    """Text: "python" (the running interpreter's standard library), a folder, or a .jsonl or .parquet file, or
+    one of tokens. `lsjax train` prepares up to 1,000,000,000 bytes by itself; for more, run `lsjax prepare` first."""
+    mixture: str = ""
+    """Several corpora in place of `corpus`: NAME=PATH:WEIGHT for each, separated by commas, such as
+    "code=my/code:7,prose=my/prose:3". Weights give each one's share of the sequences."""
     file_pattern: str = "**/*"
+    """Glob pattern of the files to read when `corpus` is a folder."""
     text_key: str = "text"
+    """Key that holds the text in each line of a .jsonl corpus, or column of a .parquet one."""
+    format: Literal["text", "completion", "chat"] = "text"
+    """Meaning of a row. "text": a document, all of which is learned. "completion": {"prompt", "completion"}, of which
+    the completion is learned. "chat": {"messages"}, of which the assistant's turns are learned; they are rendered with
+    the tokenizer's chat template. Examples are packed whole."""
+    token_separator: int = -1
+    """Id of the token that ends each document of a corpus of tokens, which .npy and .bin files hold. -1 means that the
+    corpus is text."""
+    token_dtype: Literal["uint16", "uint32"] = "uint16"
+    """Type of the tokens in .bin files; .npy files say theirs."""
     held_out_fraction: float = 0.03
+    """Share of the documents that is kept for evaluation, between 0 and 1. A hash of its text decides for each
+    document."""
+    validation: str = ""
+    """Held-out text of your own, named as `corpus` is: a path, or NAME=PATH for each of several sets, separated by
+    commas, which are evaluated one by one. Empty keeps held_out_fraction of each corpus for evaluation."""
     tokenizer: str = ""
+    """Path of a tokenizer.json. Empty takes the initial model's, or, without one, trains a byte-level BPE of
+    model.vocab_size tokens on the corpus, or on 32 MiB of it."""
     separate_documents: bool = True
+    """Whether positions and attention restart at each document in a packed sequence. If not, a token attends to
+    everything before it; cuDNN attention is then faster, because it needs no mask."""
     directory: str = ""
+    """Folder of the packed data. Empty means WORKDIR/data."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """`batch_size`: sequences a step over all hosts. `compute_dtype`: "auto" is bfloat16, on a CPU only where
-    it has instructions for it, else float32; there products with weights are rounded to it and nothing else.
-    `attention`: "auto" is flash attention where the platform has it, "flash" insists on it, "plain" avoids it.
-    `rematerialize`: what the backward pass recomputes to save memory, from "none" over "elementwise" and
-    "feed_forward" to "layer" (all but each layer's input). `loss_chunk`: tokens of a device whose logits exist at once.
-    `scan_unroll`: layers per iteration of the layer loop. `z_loss`: beside the cross-entropy of each exit, this much of
-    the square of its log-normalizer, which keeps logits from drifting (PaLM, arXiv 2204.02311, has 1e-4).
-    `frozen`: parameters that stay as they are, such as "embed" or "embed,layers/attention_norm" (paths as in
-    lsjax/scale/sharding.py, or their beginnings)."""
+    """Optimization, number types and what a step keeps in memory."""
 
     total_steps: int = 1000
+    """Number of optimizer steps of the run (T). Schedules of the learning rate and of LayerSkip end there."""
     batch_size: int = 16
+    """Sequences per step over all hosts, a multiple of gradient_accumulation."""
     sequence_length: int = 256
+    """Tokens per sequence, at most model.context_length. The paper: 4096."""
     learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
     final_learning_rate_fraction: float = 0.1
+    """Learning rate at the end of the cosine decay, as a share of the peak."""
     warmup_steps: int = 50
+    """Steps of linear warm-up, at most total_steps."""
     weight_decay: float = 0.1
+    """Weight decay of AdamW, for matrices only."""
     adam_b1: float = 0.9
+    """Decay rate of AdamW's first moment, in [0, 1)."""
     adam_b2: float = 0.95
+    """Decay rate of AdamW's second moment, in [0, 1)."""
     gradient_clip: float = 1.0
+    """Largest global norm of the gradient."""
     z_loss: float = 0.0
+    """Weight of each exit's squared log-normalizer, which keeps logits from drifting (PaLM, arXiv 2204.02311: 1e-4).
+    The paper: 0."""
     gradient_accumulation: int = 1
+    """Number of microbatches that each step is split into."""
     seed: int = 0
-    compute_dtype: str = "auto"
-    attention: str = "auto"
-    rematerialize: str = "layer"
+    """Seed of the parameters, of layer dropout and of the data order, from 0 to 2**32 - 1."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number type of the computation; parameters and optimizer are float32. "auto" is bfloat16, except on a CPU
+    without bfloat16 instructions and on GPUs before A100. On a CPU, bfloat16 rounds only the factors of products with
+    weights."""
+    attention: Literal["auto", "flash", "plain"] = "auto"
+    """Attention: "auto" is flash attention where the platform has it, "flash" requires it, "plain" avoids it."""
+    rematerialize: Literal["none", "elementwise", "feed_forward", "layer"] = "layer"
+    """What the backward pass recomputes to save memory, from nothing to all of a layer except its input."""
     loss_chunk: int = 1024
+    """Tokens per device whose logits exist at the same time."""
     scan_unroll: int = 1
+    """Layers per iteration of the layer loop."""
     frozen: str = ""
+    """Parameters that are not trained: paths, or their beginnings, separated by commas, such as
+    "embed,layers/attention_norm" (paths as in lsjax/parallel/sharding.py)."""
+    lora_rank: int = 0
+    """Rank r of LoRA adapters (arXiv 2106.09685): each matrix W of `lora_targets` becomes W + lora_alpha / r A B, and
+    only A and B are trained. It needs an `initial_model`, which stays as it is. 0 trains the parameters themselves."""
+    lora_alpha: float = 16.0
+    """Numerator of the scale of LoRA adapters, lora_alpha / lora_rank."""
+    lora_targets: str = "layers"
+    """Matrices that get a LoRA adapter, written as in `frozen`: paths, or their beginnings, separated by commas.
+    Matrices that `frozen` names get none."""
     log_every_steps: int = 10
+    """Steps between two lines of metrics.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis. One of them may be -1: what the others leave."""
+    """Number of devices along each axis of the mesh. One of them may be -1, which means all that the others leave."""
 
     data: int = -1
+    """Devices that hold copies of the parameters and split the batch."""
     fsdp: int = 1
+    """Devices that split both the batch and the parameters."""
     tensor: int = 1
+    """Devices that split heads, the feed-forward width and the vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
+    """When checkpoints are written, and how many stay. The last step is always saved."""
+
     every_steps: int = 500
+    """Steps between two checkpoints."""
     keep: int = 2
+    """Number of the latest checkpoints to keep."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """`max_batches`: held-out batches per evaluation; 0 means all of them. `exit_stride`: one exit in so many is
-    evaluated, and the last."""
+    """When and on what every exit is evaluated. The last step is always evaluated."""
 
     every_steps: int = 500
+    """Steps between two evaluations on held-out text."""
     max_batches: int = 8
+    """Held-out batches per evaluation; 0 means all of them."""
     exit_stride: int = 1
+    """Distance between two evaluated exit layers; the last layer is always evaluated."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`initial_model`: a training workdir, Hugging Face folder or GGUF file to start from; empty is random."""
+    """The whole configuration of a run."""
 
     model: ModelConfig = ModelConfig()
+    """Shape of the model."""
     layerskip: LayerSkipConfig = LayerSkipConfig()
+    """Layer dropout and early-exit loss."""
     data: DataConfig = DataConfig()
+    """Text to train on."""
     training: TrainingConfig = TrainingConfig()
+    """Optimization."""
     mesh: MeshConfig = MeshConfig()
+    """Layout over devices."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation on held-out text."""
     initial_model: str = ""
+    """Model to start from: a training workdir, a Hugging Face folder, a GGUF file or a name on the Hugging Face Hub
+    (`org/name[@revision]`). Empty starts from random parameters."""
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Config":
-        """Raises UserError that names the first unknown key, wrong type or impossible value."""
-        config = _build(cls, tree, "config")
-        _check_values(config)
+        """Builds the configuration. Raises UserError that names the first unknown key, wrong type or bad value."""
+        config = build_dataclass(cls, tree, "config")
+        check_config(config)
         return config
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the configuration as nested dicts of plain values."""
         return dataclasses.asdict(self)
 
 
+def checked_config(config: Config | ml_collections.ConfigDict) -> Config:
+    """Returns a configuration, or the one that a ConfigDict describes, with every value checked."""
+    if not isinstance(config, Config | ml_collections.ConfigDict):
+        raise UserError(
+            f"config must be a Config, or a ConfigDict such as lsjax.default_config() returns, got {shown(config)}"
+        )
+    return Config.from_dict(config.to_dict())
+
+
 def default_config() -> ml_collections.ConfigDict:
-    """Every key with its default. Locked: assigning a key that does not exist raises."""
+    """Returns every key with its default. The result is locked: assigning a key that does not exist raises."""
     return ml_collections.ConfigDict(Config().to_dict()).lock()
-
-
-def first_difference(a: Any, b: Any, path: str) -> tuple[str, Any, Any] | None:
-    """(path, value in a, value in b) of the first key in which two trees of sections differ."""
-    if not (isinstance(a, dict) and isinstance(b, dict)):
-        return None if a == b else (path, a, b)
-    differences = (first_difference(a.get(key), b.get(key), f"{path}.{key}") for key in {**b, **a})
-    return next((difference for difference in differences if difference), None)
-
-
-def _build(cls: type, tree: Any, path: str):
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must be a section of keys, got {tree!r}")
-    types = typing.get_type_hints(cls)
-    for key in tree:
-        if key not in types:
-            close = difflib.get_close_matches(key, types, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(types)}"
-            raise UserError(f"unknown config key {path}.{key}{hint}")
-    return cls(**{key: _convert(types[key], value, f"{path}.{key}") for key, value in tree.items()})
-
-
-def _convert(kind: type, value: Any, path: str):
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, path)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        raise UserError(f"{path} must be {kind.__name__}, got {value!r} ({type(value).__name__})")
-    return value
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _choice(path: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f"{path} is {value!r}; choose one of {', '.join(allowed)}")
-
-
-def _positive(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value > 0, f"config.{section}.{name} must be positive, got {value}")
-
-
-def check_model(m: ModelConfig) -> ModelConfig:
-    """The same configuration, or a UserError that names the first impossible value."""
-    _positive("model", m, "num_layers", "width", "num_heads", "num_kv_heads", "head_width")
-    _positive("model", m, "feed_forward_width", "vocab_size", "context_length", "rope_theta", "rms_norm_epsilon")
-    _require(
-        m.num_heads % m.num_kv_heads == 0,
-        f"config.model.num_heads ({m.num_heads}) must be a multiple of num_kv_heads ({m.num_kv_heads})",
-    )
-    _require(m.head_width % 2 == 0, f"config.model.head_width must be even for rotary embeddings, got {m.head_width}")
-    _choice("config.model.rope_scaling.kind", m.rope_scaling.kind, ("none", "linear", "llama3"))
-    _positive("model.rope_scaling", m.rope_scaling, "factor", "low_frequency_factor", "original_context_length")
-    _require(
-        m.rope_scaling.low_frequency_factor < m.rope_scaling.high_frequency_factor,
-        "config.model.rope_scaling.low_frequency_factor must be below high_frequency_factor",
-    )
-    return m
-
-
-def _check_layerskip(s: LayerSkipConfig) -> None:
-    _require(
-        0 <= s.dropout_max_rate < 1, f"config.layerskip.dropout_max_rate must be in [0, 1), got {s.dropout_max_rate}"
-    )
-    _choice("config.layerskip.dropout_depth_schedule", s.dropout_depth_schedule, ("exponential", "linear", "uniform"))
-    _choice(
-        "config.layerskip.dropout_time_schedule",
-        s.dropout_time_schedule,
-        ("constant", "exponential", "linear_decay"),
-    )
-    _choice("config.layerskip.dropout_granularity", s.dropout_granularity, ("sample", "subset", "batch"))
-    _choice("config.layerskip.exit_curriculum", s.exit_curriculum, ("none", "rotational", "gradual", "all"))
-    _choice("config.layerskip.exit_distillation_schedule", s.exit_distillation_schedule, ("constant", "linear"))
-    _require(0 <= s.exit_scale <= 1, f"config.layerskip.exit_scale must be in [0, 1], got {s.exit_scale}")
-    _positive("layerskip", s, "dropout_groups", "exit_rotation", "exit_token_stride", "exit_first")
-    d, floor = s.exit_distillation, s.exit_weight_floor
-    _require(d >= 0, f"config.layerskip.exit_distillation must not be negative, got {d}")
-    _require(0 <= floor <= 1, f"config.layerskip.exit_weight_floor must be in [0, 1], got {floor}")
-
-
-def _check_training(config: Config) -> None:
-    t = config.training
-    _positive("training", t, "total_steps", "batch_size", "sequence_length", "learning_rate")
-    _positive("training", t, "gradient_clip", "gradient_accumulation", "loss_chunk", "scan_unroll", "log_every_steps")
-    for name in ("adam_b1", "adam_b2"):
-        _require(0 <= getattr(t, name) < 1, f"config.training.{name} must be in [0, 1), got {getattr(t, name)}")
-    for name in ("final_learning_rate_fraction", "weight_decay", "z_loss", "seed"):
-        _require(getattr(t, name) >= 0, f"config.training.{name} must not be negative, got {getattr(t, name)}")
-    _choice("config.training.compute_dtype", t.compute_dtype, ("auto", "float32", "bfloat16"))
-    _choice("config.training.attention", t.attention, ("auto", "flash", "plain"))
-    _choice("config.training.rematerialize", t.rematerialize, ("none", "elementwise", "feed_forward", "layer"))
-    _require(
-        t.batch_size % t.gradient_accumulation == 0,
-        f"config.training.batch_size ({t.batch_size}) must be a multiple of gradient_accumulation "
-        f"({t.gradient_accumulation})",
-    )
-    _require(
-        t.sequence_length <= config.model.context_length,
-        f"config.training.sequence_length ({t.sequence_length}) exceeds config.model.context_length "
-        f"({config.model.context_length})",
-    )
-    _require(
-        0 <= t.warmup_steps <= t.total_steps,
-        f"config.training.warmup_steps ({t.warmup_steps}) must be within 0..total_steps ({t.total_steps})",
-    )
-
-
-def _check_exits(config: Config) -> None:
-    """What the exits ask of the model, of the sequences and of each other."""
-    s, layers, length = config.layerskip, config.model.num_layers, config.training.sequence_length
-    _require(
-        s.exit_first <= layers,
-        f"config.layerskip.exit_first ({s.exit_first}) exceeds config.model.num_layers ({layers})",
-    )
-    _require(
-        s.exit_last == 0 or s.exit_first <= s.exit_last <= layers,
-        f"config.layerskip.exit_last ({s.exit_last}) must be 0 (all exits) or within exit_first..num_layers "
-        f"({s.exit_first}..{layers})",
-    )
-    _require(
-        0 <= s.draft_exit < layers,
-        f"config.layerskip.draft_exit ({s.draft_exit}) must be 0 (none) or an exit layer below "
-        f"config.model.num_layers ({layers})",
-    )
-    _require(
-        not s.draft_exit or s.exit_weight_floor > 0 or (s.draft_exit > 1 and s.exit_scale > 0),
-        f"config.layerskip.draft_exit ({s.draft_exit}) weighs nothing: set exit_weight_floor, such as 0.3",
-    )
-    _require(
-        not s.exit_distillation or bool(s.draft_exit) or s.exit_curriculum != "none",
-        f"config.layerskip.exit_distillation is {s.exit_distillation}, but no early exit is trained: choose an "
-        "exit_curriculum or a draft_exit",
-    )
-    _require(
-        length % s.exit_token_stride == 0,
-        f"config.layerskip.exit_token_stride ({s.exit_token_stride}) must divide config.training.sequence_length "
-        f"({length})",
-    )
-
-
-def _check_values(config: Config) -> None:
-    check_model(config.model)
-    _check_layerskip(config.layerskip)
-    _check_training(config)
-    _check_exits(config)
-    d = config.data.held_out_fraction
-    _require(0 < d < 1, f"config.data.held_out_fraction must be between 0 and 1, got {d}")
-    _positive("checkpoint", config.checkpoint, "every_steps", "keep")
-    _positive("evaluation", config.evaluation, "every_steps", "exit_stride")
-    most = config.evaluation.max_batches
-    _require(most >= 0, f"config.evaluation.max_batches must not be negative, got {most}")
-    sizes = dataclasses.astuple(config.mesh)
-    _require(
-        all(size > 0 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
-        f"config.mesh {dataclasses.asdict(config.mesh)}: sizes are positive, and at most one is -1",
-    )

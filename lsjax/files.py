@@ -1,33 +1,62 @@
-"""Writing files so that a reader, or a crash, never sees half of one; reading them with errors that name them."""
+"""Files written so that nobody ever sees half of one, and read with errors that name them."""
 
 import json
 import os
+import re
+import secrets
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from lsjax.errors import UserError
+from lsjax.errors import UserError, shown
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # what `write_atomically` calls a file that is not complete
+
+
+def shipped_folder(name: str) -> Path:
+    """Returns a folder that ships: inside the package of a wheel, beside the package in a checkout."""
+    package = Path(__file__).parent
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes beside `path`, flushes to disk, then renames over it."""
+    """Writes a file beside `path`, flushes it to disk, then renames it to `path`. Raises UserError when it cannot."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:  # unlike a file of the tempfile module, this one has the umask's mode
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def obey_umask(path: Path) -> None:
+    """Gives a file the mode that the umask asks for. Libraries that write through a private file leave it at 0600."""
+    probe = Path(path).with_name(f".{secrets.token_hex(8)}")
+    probe.touch(exist_ok=False)
+    try:
+        shutil.copymode(probe, path)
+    finally:
+        probe.unlink()
+
+
+def remove_interrupted_writes(folder: Path) -> None:
+    """Removes what `write_atomically` left in a folder when its process was killed. Nobody else may write there."""
+    for path in Path(folder).iterdir():
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def check_writable(path: Path, what: str) -> None:
-    """Raises UserError, before any work is done, when a file cannot be written at `path`."""
+    """Raises UserError when no file can be written at `path`. what: its name in the message."""
     folder = Path(path).absolute().parent
     if not folder.is_dir():
         raise UserError(f"cannot write {what} {path}: its folder does not exist")
@@ -36,8 +65,32 @@ def check_writable(path: Path, what: str) -> None:
     make_folder(folder, f"{what} in")
 
 
+def as_path(path: Any, name: str) -> Path:
+    """Returns a path that a person gave, with a leading ~ expanded.
+
+    name: the argument's, for the message. Raises UserError for what is no path, for an empty one, which would be the
+    current folder, and for names that file systems, or the libraries that write checkpoints, do not take.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{name} must be a text or a Path, got {type(path).__name__}")
+    text = os.fspath(path)
+    if not text.strip():
+        raise UserError(f"{name} is empty; name a file or folder")
+    try:
+        encoded = b"\0" if isinstance(text, bytes) else text.encode()
+    except UnicodeEncodeError:  # bytes that are not UTF-8 arrive as halves of surrogate pairs
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise UserError(f"{name} must be a path in UTF-8, got {shown(text)}")
+    if len(encoded) > _LONGEST_PATH or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+        raise UserError(
+            f"{name} is longer than a path may be, or has a name of over {_LONGEST_NAME} bytes: {shown(text)}"
+        )
+    return Path(os.path.expanduser(os.fsdecode(text)))
+
+
 def make_folder(path: Path, what: str) -> Path:
-    """Creates `path` and proves that it can be written; raises UserError naming it otherwise."""
+    """Creates and returns the folder `path`. Raises UserError, with `what` in it, when nothing can be written there."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -48,14 +101,33 @@ def make_folder(path: Path, what: str) -> Path:
     return path
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError that names the file."""
+def check_folder(path: Path, what: str) -> None:
+    """Raises UserError, with `what` in it, when nothing can be written in `path`, or when it cannot be created."""
+    path = Path(path).absolute()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
     try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {what} {path}: {error.strerror or error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file. Raises UserError that names the file."""
+    try:
+        check_not_pointer(path)
         tree = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a JSON object")
     return tree
+
+
+def check_not_pointer(path: Path) -> None:
+    """Raises UserError when a file is a Git LFS pointer, which a clone without Git LFS has in place of the content."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com/spec/"):
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull")

@@ -1,1 +1,1 @@
-"""Corpora, tokenizers, packing, and the Grain pipeline."""
+"""Turns text into training batches: corpus, tokenizer, packing, Grain pipeline. Also renders chats."""

@@ -1,4 +1,4 @@
-"""What one training step reads."""
+"""Defines the batch that one training step reads."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,13 @@ import numpy as np
 
 
 class Batch(NamedTuple):
-    """Packed sequences, all [B, S]. `targets` is the next token, `weights` 0 where it must not be learned
-    (the end of a document). Positions and attention start anew at each document; where these two are None, a row is
-    one text from 0 on."""
+    """Packed sequences. Every array is [B, S].
+
+    targets: the token that follows each token.
+    weights: 0 where the target must not be learned, at the end of a document; 1 elsewhere.
+    positions, segment_ids: make positions and attention start anew at each document. None means that each row is
+    one text with positions from 0.
+    """
 
     tokens: jax.Array | np.ndarray
     targets: jax.Array | np.ndarray

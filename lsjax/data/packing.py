@@ -1,150 +1,140 @@
-"""Documents -> fixed-length sequences in ArrayRecord files.
+"""Packs the documents of a block into sequences in ArrayRecord files, and reports what it packed.
 
-Packing happens once, ahead of training: afterwards the index of a record decides its content, so the data order
-is a seed and resuming it is one integer, on any number of hosts.
+Every block is packed by itself, so its bytes depend on its documents alone: not on the number of processes, hosts or
+interruptions. This module imports neither JAX nor Grain, because the processes that pack start with it.
 """
 
-import dataclasses
-import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from lsjax.config import Config
-from lsjax.data.corpus import Corpus, Document, load_corpus
-from lsjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from lsjax.config import DataConfig
+from lsjax.data.corpus import Block, Skipped
+from lsjax.data.documents import Document, digest_of, is_held_out, read_documents
+from lsjax.data.examples import Example, all_learned, encode_chat, encode_completions
+from lsjax.data.packers import Packer, WholePacker
+from lsjax.data.parts import Part, SplitPart, write_part
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.errors import UserError
-from lsjax.files import make_folder, write_atomically
 
-SPLITS = ("train", "held_out")
-_MANIFEST = "manifest.json"
-_DOCUMENTS_AT_ONCE = 256
+_BATCH_CHARACTERS = 1 << 20  # tokenized at once
 
 
-def pack(documents: Iterable[list[int]], sequence_length: int) -> Iterator[np.ndarray]:
-    """Cuts the concatenated documents into windows: int32 [2, S+1], tokens and which document each is from.
+class Job(NamedTuple):
+    """The settings of all blocks of a corpus. folder: receives the files. vocab_size: rows of the embedding."""
 
-    Windows overlap by one token, the last target of one being the first input of the next. A remainder shorter
-    than a window is left out.
+    folder: str
+    data: DataConfig
+    sequence_length: int
+    vocab_size: int
+
+
+def pack_block(block: Block, job: Job, tokenizer: Tokenizer) -> Part:
+    """Packs one block, writes its files and its report into job.folder, and returns the report.
+
+    Each file appears whole or not at all, the report last. Raises UserError for text that cannot be read.
     """
-    tokens = np.empty(0, np.int32)
-    owners = np.empty(0, np.int32)
-    for index, document in enumerate(documents):
-        tokens = np.concatenate([tokens, np.asarray(document, np.int32)])
-        owners = np.concatenate([owners, np.full(len(document), index, np.int32)])
-        start = 0
-        while len(tokens) - start > sequence_length:
-            window = slice(start, start + sequence_length + 1)
-            yield np.stack([tokens[window], owners[window]])
-            start += sequence_length
-        tokens, owners = tokens[start:], owners[start:]
-
-
-def prepare(
-    config: Config, directory: Path, note: Callable[[str], None] = print, given: Tokenizer | None = None
-) -> tuple[Tokenizer, dict]:
-    """Makes `directory` hold the tokenizer and both packed splits of a run, unless it already does.
-
-    `given` is the initial model's tokenizer, used unless config.data.tokenizer names another. Returns (tokenizer,
-    manifest). The folder appears whole or not at all. Raises UserError when it holds something else, or there is
-    too little text.
-    """
-    request = _request(config)
-    manifest = read_manifest(directory)
-    if manifest is None:
-        manifest = _build(config, Path(directory), request, given)
-    elif manifest["request"] != request:
-        raise UserError(
-            f"{directory} holds data packed for {manifest['request']}, not {request}; remove it or set "
-            "config.data.directory to another folder"
-        )
-    corpus = manifest["corpus"]
-    note(f"corpus: {corpus['documents']} documents, {corpus['bytes']:,} bytes, sha256 {corpus['sha256']}")
-    for split, counts in manifest["splits"].items():
-        note(f"{split}: {counts['documents']} documents, {counts['tokens']:,} tokens")
-    return load_tokenizer(directory), manifest
-
-
-def read_manifest(directory: Path) -> dict | None:
-    path = Path(directory) / _MANIFEST
+    skipped = Skipped()
+    names = {split: f"{split}-{block.unit:06d}-{block.part:04d}.arrayrecord" for split in block.splits}
+    writers = {split: _Writer(job, name) for split, name in names.items()}
+    size = digest_sum = 0
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove {directory} to pack the corpus again") from None
-
-
-def record_path(directory: Path, split: str) -> Path:
-    return Path(directory) / f"{split}.arrayrecord"
-
-
-def _request(config: Config) -> dict:
-    """What decides the packed bytes, apart from the text itself."""
-    data = dataclasses.asdict(config.data)
-    del data["directory"]
-    return data | {
-        "initial_model": config.initial_model,
-        "vocab_size": config.model.vocab_size,
-        "sequence_length": config.training.sequence_length,
-    }
-
-
-def _build(config: Config, directory: Path, request: dict, given: Tokenizer | None) -> dict:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"data folder {directory} exists and holds something else; choose another")
-    corpus = load_corpus(config.data)
-    fingerprint = corpus.fingerprint()
-    tokenizer = _make_tokenizer(config, corpus, given)
-    make_folder(directory.parent, "data folder")
-    scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
-        length = config.training.sequence_length
-        counts = {s: _write_split(scratch, s, getattr(corpus, s), tokenizer, length) for s in SPLITS}
-        tokenizer.save(scratch)
-        manifest = {"request": request, "corpus": fingerprint, "splits": counts}
-        write_atomically(scratch / _MANIFEST, json.dumps(manifest, indent=2))
-        scratch.chmod(0o755)
-        scratch.rename(directory)
-    except OSError as error:
-        raise UserError(f"cannot write data folder {directory}: {error.strerror or error}") from None
+        for documents in _batches(read_documents(block.pieces, job.data, skipped)):
+            for document, example in zip(documents, _examples(documents, job, tokenizer), strict=True):
+                content = document.content()
+                digest = digest_of(content)
+                second = len(block.splits) > 1 and is_held_out(digest, job.data.held_out_fraction)
+                writers[block.splits[second]].add(example)
+                size += len(content)
+                digest_sum += int.from_bytes(digest, "big")
+        packed = {split: writer.close() for split, writer in writers.items()}
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return manifest
+        for writer in writers.values():
+            writer.discard()
+    part = Part(block.unit, block.part, block.is_last, size, digest_sum % 2**256, packed, skipped.to_dict())
+    write_part(Path(job.folder), part)
+    return part
 
 
-def _make_tokenizer(config: Config, corpus: Corpus, given: Tokenizer | None) -> Tokenizer:
-    if not config.data.tokenizer and given is not None:
-        return given
-    if not config.data.tokenizer:
-        return train_tokenizer((d.text for d in corpus.train), config.model.vocab_size)
-    tokenizer = load_tokenizer(Path(config.data.tokenizer))
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"{config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than config.model.vocab_size "
-            f"({config.model.vocab_size})"
-        )
-    return tokenizer
+def _examples(documents: Sequence[Document], job: Job, tokenizer: Tokenizer) -> Iterator[Example]:
+    if job.data.token_separator >= 0:
+        return (_checked(document, job.vocab_size) for document in documents)
+    if job.data.format == "text":
+        return map(all_learned, tokenizer.encode_documents([document.text for document in documents]))
+    if job.data.format == "completion":
+        return encode_completions([document.row or {} for document in documents], tokenizer)
+    return (encode_chat(document.row or {}, tokenizer, document.place) for document in documents)
 
 
-def _write_split(folder: Path, split: str, documents: tuple[Document, ...], tokenizer: Tokenizer, length: int):
-    # group_size:1 keeps every record readable on its own, without its neighbours.
-    writer = ArrayRecordWriter(str(record_path(folder, split)), "group_size:1")
-    sequences = 0
-    for window in pack(_tokenize(documents, tokenizer), length):
-        writer.write(window.tobytes())
-        sequences += 1
-    writer.close()
-    if not sequences:
-        raise UserError(
-            f"the {split} documents are shorter than one sequence of {length} tokens; lower "
-            "config.training.sequence_length or give more text"
-        )
-    return {"documents": len(documents), "sequences": sequences, "tokens": sequences * length}
+def _checked(document: Document, vocab_size: int) -> Example:
+    """Returns a document of tokens as an example. Raises UserError when the embedding lacks one of them."""
+    assert document.tokens is not None
+    largest = int(document.tokens.max())
+    if largest >= vocab_size:
+        raise UserError(f"{document.place}: token {largest} is beyond config.model.vocab_size ({vocab_size})")
+    return all_learned(document.tokens)
 
 
-def _tokenize(documents: tuple[Document, ...], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        yield from tokenizer.encode_documents([d.text for d in documents[start : start + _DOCUMENTS_AT_ONCE]])
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text) if document.tokens is None else len(document.tokens)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _Writer:
+    """Writes one split of a block. The file gets its name when it is complete; without records there is no file."""
+
+    def __init__(self, job: Job, name: str):
+        self._folder, self._name = Path(job.folder), name
+        self._packer = (Packer if job.data.format == "text" else WholePacker)(job.sequence_length)
+        self._temporary = self._folder / f".{name}.{secrets.token_hex(4)}"
+        self._records: ArrayRecordWriter | None = None
+
+    def add(self, example: Example) -> None:
+        """Packs one document."""
+        self._write(self._packer.add(example))
+
+    def close(self) -> SplitPart:
+        """Completes the file and returns what it holds."""
+        self._write(self._packer.finish())
+        packer = self._packer
+        if self._records is None:
+            return SplitPart("", packer.documents, 0, 0, 0)
+        try:
+            self._records.close()
+            with open(self._temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(self._temporary, self._folder / self._name)
+        except (OSError, RuntimeError) as error:
+            raise _unwritable(self._folder, error) from None
+        return SplitPart(self._name, packer.documents, packer.sequences, packer.padding, packer.cut)
+
+    def discard(self) -> None:
+        """Removes an incomplete file."""
+        self._temporary.unlink(missing_ok=True)
+
+    def _write(self, windows: Iterator[np.ndarray]) -> None:
+        for window in windows:
+            try:
+                # group_size:1 makes every record readable without its neighbours.
+                records = self._records or ArrayRecordWriter(str(self._temporary), "group_size:1")
+                records.write(window.tobytes())
+                self._records = records
+            except (OSError, RuntimeError) as error:  # ArrayRecord has no error of its own for a full disk
+                raise _unwritable(self._folder, error) from None
+
+
+def _unwritable(folder: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return UserError(f"cannot write data folder {folder}: {reason}; the same command goes on where it was")

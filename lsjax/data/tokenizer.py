@@ -1,7 +1,6 @@
-"""Tokenizers through the `tokenizers` library, and the little of them that the rest of lsjax needs.
+"""Encodes and decodes text with the `tokenizers` library; trains and saves tokenizers.
 
-A folder keeps one as Hugging Face does: tokenizer.json (vocabulary and rules), tokenizer_config.json (special
-tokens, chat template) and generation_config.json (which tokens stop).
+`lsjax.data.tokenizer_files` loads them from the files that `Tokenizer.save` and others write.
 """
 
 import contextlib
@@ -15,9 +14,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from lsjax.data.chat import render_chat
+from lsjax.data.chat import render_chat, render_turns
 from lsjax.errors import UserError
-from lsjax.files import read_json, write_atomically
+from lsjax.files import write_atomically
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 TOKENIZER, SETTINGS, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
@@ -25,68 +24,185 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
-    """Text <-> token ids. `stop` holds the ids that end a text; `begin` (or None) opens one.
+    """Converts text to token ids and back.
 
-    `begin` is what the backend's own post-processor puts first. `settings` is tokenizer_config.json as found.
+    begin: the id that opens a text, which the backend's post-processor puts first; None when there is none.
+    stop: the ids that end a text.
+    settings: the content of tokenizer_config.json.
+    vocab_size: the highest id plus one.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, stop: Sequence[int], settings: dict[str, Any] | None = None):
         self.backend = backend
-        # A model's own limits on length belong to other uses; a document is encoded whole.
+        # A tokenizer.json may ask to truncate or pad; a document is always encoded whole.
         self.backend.no_truncation()
         self.backend.no_padding()
-        # Text is text: "<|end_of_text|>" written in a document or a prompt must not end anything.
+        # "<|end_of_text|>" written in a document or a prompt is plain text and must not become the special token.
         self.backend.encode_special_tokens = True
         self.begin = _begin(backend)
         self.stop = tuple(stop)
         self.settings = dict(settings or {})
-        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1  # it sizes an embedding
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
+        self._rows = self.vocab_size
+
+    def restrict_to(self, rows: int, where: str) -> None:
+        """Adapts the tokenizer to an embedding with `rows` rows. From then on `encode` refuses texts with other ids.
+
+        Released models have added tokens beyond their embedding, which no text of theirs uses. Raises UserError when
+        any other token is beyond it, or the token that opens a text, or all tokens that end one.
+        """
+        if self.vocab_size <= rows:
+            return
+        base = max(self.backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+        added = self.backend.get_added_tokens_decoder()
+        self.stop = tuple(index for index in self.stop if index < rows)
+        if (
+            any(index not in added for index in range(rows, base))
+            or not self.stop
+            or (self.begin is not None and self.begin >= rows)
+        ):
+            raise UserError(f"{where}: its tokenizer has {self.vocab_size} tokens, its embedding {rows}")
+        self._rows = rows
 
     def encode(self, text: str) -> list[int]:
-        """A prompt: `begin`, then the text's tokens."""
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        """Returns the ids of a prompt: `begin`, then the tokens of the text."""
+        ids = self._encode(self.backend, text)
         return ids if self.begin is None else [self.begin, *ids]
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """A conversation [{"role": ..., "content": ...}] in the model's chat template, up to where it answers.
+        """Returns the ids of a conversation in the model's chat template, up to where the model answers.
 
-        As everywhere else, special tokens are recognised in the whole rendered text, contents included. Raises
+        messages: [{"role": ..., "content": ...}, ...].
+
+        As in transformers, special tokens are recognised in the whole rendered text, contents included. Raises
         UserError when the model has no template.
         """
-        names = {key: _token_text(value) for key, value in self.settings.items() if key.endswith("_token")}
-        text = render_chat(self.settings.get("chat_template"), messages, names)
-        self.backend.encode_special_tokens = False
+        text = render_chat(self.settings.get("chat_template"), messages, self._named_tokens())
+        return self._encode(self._chat_backend, text)
+
+    def encode_turns(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+        """Returns the ids of a whole conversation, and for each whether the assistant says it.
+
+        The special token that ends a turn belongs to it; white space that a template puts behind does not. Special
+        tokens are recognised as by `encode_chat`. Raises UserError as `render_turns`.
+        """
+        text, spans = render_turns(self.settings.get("chat_template"), messages, self._named_tokens())
+        encoding = self._chat_backend.encode(text, add_special_tokens=False)
+        ids, special = self._check_ids(encoding.ids), set(self.special_tokens.values())
+        said = [False] * len(ids)
+        for start, end in spans:
+            inside = [i for i, (a, b) in enumerate(encoding.offsets) if max(a, start) < min(b, end)]
+            last = max((i for i in inside if ids[i] in special), default=None)
+            if last is not None and not text[encoding.offsets[last][1] : end].strip():
+                inside = [i for i in inside if i <= last]
+            for index in inside:
+                said[index] = True
+        return ids, said
+
+    def _named_tokens(self) -> dict[str, str]:
+        """Returns the special tokens that a chat template may name, such as bos_token."""
+        names = {key: token_text(value) for key, value in self.settings.items() if key.endswith("_token")}
+        return {key: text for key, text in names.items() if isinstance(text, str)}
+
+    @functools.cached_property
+    def _chat_backend(self) -> tokenizers.Tokenizer:
+        """A copy of the backend that recognises special tokens in text.
+
+        It is a copy because threads share a tokenizer: a flag switched for one would change the texts of another.
+        """
+        return tokenizers.Tokenizer.from_str(self.backend.to_str())
+
+    def _encode(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
         try:
-            return self.backend.encode(text, add_special_tokens=False).ids
-        finally:
-            self.backend.encode_special_tokens = True
+            return self._check_ids(backend.encode(text, add_special_tokens=False).ids)
+        except TypeError:
+            check_text(text, "a text to encode")
+            raise
 
-    def encode_documents(self, texts: Sequence[str]) -> Iterable[list[int]]:
-        """Whole documents: `begin`, tokens, the first of `stop`."""
-        head = [] if self.begin is None else [self.begin]
+    def _check_ids(self, ids: list[int]) -> list[int]:
+        if self._rows < self.vocab_size and ids and max(ids) >= self._rows:
+            token = self.backend.id_to_token(max(ids))
+            raise UserError(
+                f"a text holds the token {token!r} (id {max(ids)}), but the embedding has {self._rows} rows"
+            )
+        return ids
+
+    def encode_texts(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Yields the ids of texts, without `begin` and `stop`."""
         for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False):
-            yield [*head, *encoding.ids, self.stop[0]]
+            yield self._check_ids(encoding.ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+    def encode_documents(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Yields the ids of whole documents: `begin`, the tokens of the text, the first of `stop`."""
+        head = [] if self.begin is None else [self.begin]
+        for ids in self.encode_texts(texts):
+            yield [*head, *ids, self.stop[0]]
 
-    def decode_settled(self, ids: Sequence[int]) -> str:
-        """What the text of `ids` begins with whatever follows them: all of it but a character that is not whole yet."""
+    def decode(self, ids: Sequence[int], context: Sequence[int] = ()) -> str:
+        """Returns the text of `ids`, without special tokens.
+
+        context: the ids before `ids`, such as the prompt. The result is then what `ids` add to the text of `context`.
+        It differs from the text of `ids` alone when the decoder drops the space before the first word, as that of
+        Llama 1 and 2 does, or when `context` ends within a character.
+        """
+        nearest = self._nearest(context)
+        whole = self.backend.decode([*nearest, *ids], skip_special_tokens=True)
+        if not nearest:
+            return whole
+        before = self.backend.decode(nearest, skip_special_tokens=True)
+        same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        return whole[same:]
+
+    def _nearest(self, context: Sequence[int]) -> list[int]:
+        """Returns the end of `context`, as much of it as the text of later ids depends on."""
+        last = len(context) - 1
+        while last >= 0 and context[last] in self._unsettled:
+            last -= 1
+        # The last settled token may end a character of up to four bytes, each in a token of its own.
+        return [int(index) for index in context[max(0, last - 3) :]]
+
+    def describe(self, index: int) -> str:
+        """Returns the text of one token as it stands inside a text, or the name of a token that `decode` leaves out.
+
+        A part of a character is a replacement sign; an id beyond the vocabulary is <ID>.
+        """
+        name = self.backend.id_to_token(index) or f"<{index}>"
+        # The token follows itself, because some decoders drop the space before the first word.
+        return name if index in self.special_tokens.values() else self.decode([index], context=[index]) or name
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of the tokens that `decode` leaves out, by their texts. A stop string cannot match such a text."""
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    def decode_settled(self, ids: Sequence[int], context: Sequence[int] = ()) -> str:
+        """Returns the part of the text of `ids` that later ids cannot change: all but an unfinished last character.
+
+        context: the ids before `ids`, as for `decode`.
+        """
         end = len(ids)
         while end and ids[end - 1] in self._unsettled:
             end -= 1
-        # Of bytes that begin a character and do not finish it, a byte-level decoder makes one sign.
-        return self.decode(ids[:end]).removesuffix("\ufffd")
+        # A byte-level decoder turns the bytes of an unfinished character into one replacement sign.
+        return self.decode(ids[:end], context).removesuffix("\ufffd")
 
     @functools.cached_property
     def _unsettled(self) -> frozenset[int]:
-        """Tokens of single bytes (SentencePiece decodes a run of them at once), and those a run may stretch across."""
+        """The ids whose text later ids may change.
+
+        These are single bytes, because SentencePiece decodes a run of them at once, and the special tokens that such
+        a run may contain.
+        """
         one_byte = {index for token, index in self.backend.get_vocab().items() if _BYTE_TOKEN.fullmatch(token)}
-        added = self.backend.get_added_tokens_decoder()
-        return frozenset(one_byte | {index for index, token in added.items() if token.special})
+        return frozenset(one_byte | set(self.special_tokens.values()))
 
     def save(self, folder: Path) -> None:
-        """Writes its three files. tokenizer.json comes last: with it, the tokenizer is there."""
+        """Writes the three files of a tokenizer, as Hugging Face does.
+
+        They are generation_config.json (the tokens that end a text), tokenizer_config.json (special tokens, chat
+        template) and tokenizer.json (vocabulary and rules), which comes last and marks the tokenizer as complete.
+        """
         generation = {"eos_token_id": list(self.stop)}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.settings
         settings.setdefault("eos_token", self.backend.id_to_token(self.stop[0]))
@@ -99,10 +215,13 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: every byte is a token, so any text can be encoded and comes back exactly."""
+    """Trains byte-level BPE. Every byte is a token, so any text can be encoded and decodes to itself."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 2:
-        raise UserError(f"config.model.vocab_size ({vocab_size}) must be at least {len(alphabet) + 2} for bytes")
+        raise UserError(
+            f"config.model.vocab_size ({vocab_size}) must be at least {len(alphabet) + 2}: one token "
+            "per byte and two special tokens"
+        )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -114,8 +233,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, (backend.token_to_id(END),))
 
 
+def check_text(text: Any, what: str) -> str:
+    """Returns `text`. Raises UserError, naming it `what`, when it is no text or has no UTF-8."""
+    if not isinstance(text, str):
+        raise UserError(f"{what} is {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise UserError(f"{what} holds half of a surrogate pair, {half} at character {error.start + 1}") from None
+    return text
+
+
+def token_text(value: Any) -> Any:
+    """Returns the text of a special token. Hugging Face writes it as a string, or as an object with a `content`."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
 def begin_with(backend: tokenizers.Tokenizer, token: str) -> None:
-    """Makes a backend open every text with `token`, for us and for other tools that open its tokenizer.json."""
+    """Makes a backend open every text with `token`, in lsjax and in other tools that read its tokenizer.json."""
     backend.post_processor = processors.TemplateProcessing(
         single=f"{token}:0 $A:0",
         pair=f"{token}:0 $A:0 {token}:1 $B:1",
@@ -123,73 +259,20 @@ def begin_with(backend: tokenizers.Tokenizer, token: str) -> None:
     )
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a folder, or a tokenizer.json with whatever lies beside it.
-
-    Raises UserError when it cannot be read, or nothing there says which token ends a text.
-    """
-    path = Path(path)
-    path = path / TOKENIZER if path.is_dir() else path
-    try:
-        text = path.read_text(encoding="utf-8")
-        json.loads(text)
-    except FileNotFoundError:
-        raise UserError(f"no tokenizer at {path}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a tokenizer.json: {error}") from None
-    with building(f"{path} is not a tokenizer.json"):
-        backend = tokenizers.Tokenizer.from_str(text)
-        settings = _optional_json(path.parent / SETTINGS)
-        template = path.parent / "chat_template.jinja"
-        if template.is_file():
-            settings["chat_template"] = template.read_text(encoding="utf-8")
-        return Tokenizer(backend, _stop_ids(path, backend, settings), settings)
-
-
 @contextlib.contextmanager
 def building(complaint: str) -> Iterator[None]:
-    """The tokenizers library raises bare Exception, and panics, on a vocabulary that makes no sense."""
+    """Turns the errors of the tokenizers library into UserError. It raises bare Exception, and panics in Rust."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # its panics are no Exception
+    except BaseException as error:  # a Rust panic derives from BaseException
         raise UserError(f"{complaint}: {error}") from None
 
 
 def _begin(backend: tokenizers.Tokenizer) -> int | None:
+    """Returns the id that the post-processor puts before a text, or None."""
     opened = backend.encode("a", add_special_tokens=True).ids
     plain = backend.encode("a", add_special_tokens=False).ids
     added = len(opened) > len(plain) and (not plain or opened[: len(plain)] != plain)
     return opened[0] if added else None
-
-
-def _stop_ids(path: Path, backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> tuple[int, ...]:
-    """From generation_config.json, else config.json, else the end token that the settings, or we, name."""
-    for name in (GENERATION, "config.json"):
-        ids = _optional_json(path.parent / name).get("eos_token_id")
-        if ids is not None:
-            ids = ids if isinstance(ids, list) else [ids]
-            if not ids or not all(_is_token(i, backend) for i in ids):
-                raise UserError(f"{path.parent / name}: eos_token_id {ids} is not in the vocabulary of {path}")
-            return tuple(ids)
-    for token in (_token_text(settings.get("eos_token")), END):
-        if isinstance(token, str) and backend.token_to_id(token) is not None:
-            return (backend.token_to_id(token),)
-    raise UserError(
-        f"nothing says which token of {path} ends a text: give eos_token_id in {path.parent / GENERATION}, or "
-        f"eos_token in {path.parent / SETTINGS}"
-    )
-
-
-def _token_text(value: Any) -> Any:
-    """Hugging Face writes a special token as its text, or as an object with a `content`."""
-    return value.get("content") if isinstance(value, dict) else value
-
-
-def _is_token(index: Any, backend: tokenizers.Tokenizer) -> bool:
-    return isinstance(index, int) and 0 <= index < 2**31 and backend.id_to_token(index) is not None
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}

@@ -1,97 +1,182 @@
-"""Prompts and settings, checked and laid out for the device."""
+"""Requests: prompts and settings, checked once and laid out for the device."""
 
 import collections
+import dataclasses
+import numbers
 import operator
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from lsjax.decoding.rules import Greedy, Rule, Sampled
-from lsjax.decoding.stops import check_stop, check_stop_tokens
-from lsjax.decoding.strategies import Sampling, check_sampling
-from lsjax.errors import UserError
-from lsjax.loading import Model
+from lsjax.decoding.model import Model, check_model_type
+from lsjax.decoding.sampling import Coupled, Greedy, Sampled, Sampler
+from lsjax.decoding.stop_strings import check_stop, check_stop_tokens, stop_token_of
+from lsjax.decoding.strategies import GREEDY, Sampling, check_sampling
+from lsjax.errors import UserError, shown
 
-_SMALLEST_BUCKET = 16
+Prompt = str | Sequence[int]
+
+_SHORTEST_PADDING = 16
+_SEED_BITS = 64
+_LARGEST_BATCH = 65536  # of prompts that are repeated to fill a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """The settings of a request, apart from the model, the prompts and the strategy.
+
+    max_new_tokens: the most new tokens per prompt.
+    sampling, seed: how tokens are drawn. stop, stop_tokens: texts and token ids that end a sequence.
+    batch_size: sequences decoded side by side; None takes all of them.
+
+    Raises UserError for a value of the wrong type or out of range.
+    """
+
+    max_new_tokens: int = 128
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    stop: str | Sequence[str] = ()
+    stop_tokens: Sequence[int] = ()
+    batch_size: int | None = None
+
+    def __post_init__(self):
+        check_whole_number("max_new_tokens", self.max_new_tokens, least=1)
+        if self.batch_size is not None:
+            check_whole_number("batch_size", self.batch_size, least=1)
+        check_whole_number("seed", self.seed, least=0, most=2**_SEED_BITS - 1)
+        check_sampling(self.sampling)
+        check_stop(self.stop)
+
+
+def check_whole_number(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raises UserError unless a value is a whole number (no bool, no float, no text) in least..most."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
+        raise UserError(f"{name} must be a whole number, got {shown(value)}")
+    if value < least or (most is not None and value > most):
+        limit = f"at least {least}" if most is None else f"in {least}..{most}"
+        raise UserError(f"{name} must be {limit}, got {shown(value)}")
 
 
 class PromptBatch(NamedTuple):
-    """Prompts ready for the device: tokens [N, bucket] right-padded, lengths [N]; and where texts end: `stop` [n] holds
-    token ids, `stop_texts` the stop strings. `at_once`: how many of them are decoded side by side (0: all)."""
+    """Prompts and settings of one request, ready for the device.
+
+    tokens: prompts, right-padded [N, S]. lengths: their lengths [N].
+    stop_token_ids: ids that end a sequence [n]. stop_texts: texts that do.
+    sampler: chooses tokens, with one key per prompt. max_batch_size: sequences decoded side by side; 0 takes all.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
     max_new_tokens: int
-    stop: np.ndarray
-    rule: Rule = Greedy()
+    stop_token_ids: np.ndarray
+    sampler: Sampler = Greedy()
     stop_texts: tuple[str, ...] = ()
-    at_once: int = 0
+    max_batch_size: int = 0
 
     @property
-    def rows(self) -> int:
-        """B, of the decoding state: the prompts beyond them wait for a row that is done."""
-        return min(self.at_once or len(self.lengths), len(self.lengths))
+    def batch_size(self) -> int:
+        """B, the sequences decoded side by side. The other prompts wait for one of them to finish."""
+        return min(self.max_batch_size or len(self.lengths), len(self.lengths))
+
+    def prompt(self, index: int) -> list[int]:
+        """Returns the token ids of a prompt."""
+        return self.tokens[index, : self.lengths[index]].tolist()
 
     def part(self, start: int, stop: int) -> "PromptBatch":
-        """Some of its prompts."""
+        """Returns the batch with the prompts start..stop-1 alone."""
         rows = range(len(self.lengths))[start:stop]
         tokens, lengths = self.tokens[start:stop], self.lengths[start:stop]
-        return self._replace(tokens=tokens, lengths=lengths, rule=self.rule.of_rows(rows))
+        return self._replace(tokens=tokens, lengths=lengths, sampler=self.sampler.take(rows))
 
     @classmethod
-    def make(
-        cls,
-        model: Model,
-        prompts: Sequence[str | Sequence[int]],
-        max_new_tokens: int,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-        stop_tokens: Sequence[int] = (),
-        batch_size: int | None = None,
-    ) -> "PromptBatch":
-        check_sampling(sampling)
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        texts, extra = check_stop(stop), check_stop_tokens(stop_tokens, model.config.vocab_size)
-        if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not len(prompts):
-            raise UserError("prompts must be a list of at least one text or token list")
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        rows = [_encode(model, index, prompt, max_new_tokens) for index, prompt in enumerate(prompts)]
+    def make(cls, model: Model, prompts: Sequence[Prompt], request: GenerationConfig) -> "PromptBatch":
+        """Tokenizes and pads prompts. Raises UserError for a prompt that is empty, too long or no text or ids."""
+        check_model_type(model)
+        check_prompts(prompts)
+        stop_texts = check_stop(request.stop)
+        special = {stop: token for stop in stop_texts if (token := stop_token_of(model.tokenizer, stop)) is not None}
+        stop_tokens = [*check_stop_tokens(request.stop_tokens, model.config.vocab_size), *special.values()]
+        rows = [encode_prompt(model, index, prompt, request.max_new_tokens) for index, prompt in enumerate(prompts)]
         lengths = np.array([len(row) for row in rows], np.int32)
-        tokens = np.zeros((len(rows), _bucket(int(lengths.max()))), np.int32)
+        tokens = np.zeros((len(rows), padded_length(int(lengths.max()))), np.int32)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = row
-        ids = np.array([*model.tokenizer.stop, *extra], np.int32)
-        return cls(tokens, lengths, max_new_tokens, ids, _rule(sampling, rows, seed), texts, batch_size or 0)
+        return cls(
+            tokens=tokens,
+            lengths=lengths,
+            max_new_tokens=int(request.max_new_tokens),
+            stop_token_ids=np.array([*model.tokenizer.stop, *stop_tokens], np.int32),
+            sampler=_make_sampler(request.sampling, rows, int(request.seed)),
+            stop_texts=tuple(stop for stop in stop_texts if stop not in special),
+            max_batch_size=int(request.batch_size or 0),
+        )
 
 
-def _rule(sampling: Sampling, rows: list[list[int]], seed: int) -> Rule:
+def check_prompts(prompts: Any) -> None:
+    """Raises UserError unless `prompts` is a list, or something else of a known length, with at least one prompt."""
+    if (
+        isinstance(prompts, str | bytes | dict | set)
+        or not hasattr(prompts, "__len__")
+        or getattr(prompts, "ndim", 1) == 0
+    ):
+        raise UserError(f"prompts must be a list of texts or token lists, got {shown(prompts)}")
+    if not len(prompts):
+        raise UserError("prompts must be a list of at least one text or token list")
+
+
+def prompt_batches(model: Model, prompts: Sequence[Prompt], request: GenerationConfig) -> list[PromptBatch]:
+    """Returns one batch per prompt; with a batch_size above 1 one batch of all, repeating prompts to fill it."""
+    check_prompts(prompts)
+    batch_size = request.batch_size or len(prompts)
+    check_whole_number("batch_size", batch_size, least=0, most=_LARGEST_BATCH)
+    if batch_size == 1:
+        groups = [[prompt] for prompt in prompts]
+    else:
+        groups = [[prompts[index % len(prompts)] for index in range(max(len(prompts), batch_size))]]
+    request = dataclasses.replace(request, batch_size=batch_size)
+    return [PromptBatch.make(model, group, request) for group in groups]
+
+
+def _make_sampler(sampling: Sampling, rows: list[list[int]], seed: int) -> Sampler:
+    """Returns the sampler of some prompts.
+
+    The key of a prompt depends on the seed, its tokens, and the number of equal prompts before it. So its text does not
+    depend on the others, and n copies of a prompt give n samples.
+    """
     if sampling.temperature == 0:
         return Greedy()
     seen, marks = collections.Counter(), []
     for text in (np.array(row, np.int32).tobytes() for row in rows):
         marks.append((zlib.crc32(text), seen[text]))
         seen[text] += 1
-    fold = lambda mark: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), mark[0]), mark[1])  # noqa: E731
-    keys = jax.vmap(fold)(np.array(marks, np.uint32))
-    filters = (np.int32(sampling.top_k), np.float32(sampling.top_p)) if sampling.top_k or sampling.top_p < 1 else ()
-    return Sampled(np.asarray(jax.random.key_data(keys)), np.float32(sampling.temperature), *filters)
+    root = jax.random.key(seed & 0xFFFFFFFF)
+    if seed >> 32:  # JAX keeps 32 bits of a seed here: fold in the others
+        root = jax.random.fold_in(root, seed >> 32)
+
+    def prompt_key(mark):
+        return jax.random.fold_in(jax.random.fold_in(root, mark[0]), mark[1])
+
+    keys = np.asarray(jax.random.key_data(jax.vmap(prompt_key)(np.array(marks, np.uint32))))
+    temperature = np.float32(sampling.temperature)
+    kind = Coupled if sampling.coupled else Sampled
+    if not sampling.top_k and sampling.top_p >= 1:
+        return kind(keys, temperature)
+    return kind(keys, temperature, np.int32(min(sampling.top_k, np.iinfo(np.int32).max)), np.float32(sampling.top_p))
 
 
-def _encode(model: Model, index: int, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
-    if isinstance(prompt, str) and not prompt:
-        raise UserError(f"prompt {index} is empty")
-    try:
-        row = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [operator.index(t) for t in prompt]
-    except TypeError:
-        raise UserError(f"prompt {index} must be a text or a list of token ids, got {prompt!r}") from None
+def encode_prompt(model: Model, index: int, prompt: Prompt, max_new_tokens: int) -> list[int]:
+    """Returns the token ids of a prompt, after the token that opens a text.
+
+    index: the number of the prompt in messages. max_new_tokens: the new tokens that must fit into the context too.
+
+    Raises UserError for a prompt that is empty, too long, neither text nor ids, or outside the vocabulary.
+    """
+    row = _token_ids(model, index, prompt)
     if not row:
-        raise UserError(f"prompt {index} is empty")
+        raise UserError(f"prompt {index} is empty, and this tokenizer has no token that opens a text")
     bad = [token for token in row if not 0 <= token < model.config.vocab_size]
     if bad:
         raise UserError(f"prompt {index} holds token {bad[0]}, outside the vocabulary 0..{model.config.vocab_size - 1}")
@@ -104,6 +189,23 @@ def _encode(model: Model, index: int, prompt: str | Sequence[int], max_new_token
     return row
 
 
-def _bucket(length: int) -> int:
-    """Prompt lengths rounded up to a power of two, so that a new length seldom compiles anew."""
-    return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+def _token_ids(model: Model, index: int, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        try:
+            return model.tokenizer.encode(prompt)
+        except (UnicodeEncodeError, TypeError):  # tokenizers raises TypeError for a lone surrogate
+            raise UserError(f"prompt {index} holds half of a surrogate pair, which is no character") from None
+    wrong = f"prompt {index} must be a text or a list of token ids, got {shown(prompt)}"
+    if isinstance(prompt, bytes | bytearray | dict | set):
+        raise UserError(wrong)
+    try:
+        if any(isinstance(token, bool | np.bool_) for token in prompt):
+            raise UserError(wrong)
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise UserError(wrong) from None
+
+
+def padded_length(length: int) -> int:
+    """Returns a prompt length rounded up to a power of two, so that new lengths seldom compile new programs."""
+    return max(_SHORTEST_PADDING, 1 << (length - 1).bit_length())

@@ -1,11 +1,10 @@
-"""The decoding loops: one `lax.while_loop` each, nothing on the host inside; one predicate a round (with copies, a few
-more where rounds of drafts and rounds of copies take turns).
+"""Decoding loops. Each strategy is one `lax.while_loop` without host syncs.
 
-A loop ends when every row is done, or pauses before, for its state to be looked at or for a row that is done to make
-room; called again with that state and a later pause, it goes on as if it had not paused.
+A loop returns when every sequence has finished, or earlier if `pause` says so. Call it again with the returned state
+to resume.
 
-Invariant: `length[b]` entries of row b's cache are valid, and `pending[b]`, its newest token, is not among them
-yet. A rejected draft is undone by not advancing the length.
+Invariant: `length[b]` entries of sequence b's cache are valid. Its newest token, `pending[b]`, is not among them yet.
+A rejected draft is undone by not advancing the length.
 """
 
 from collections.abc import Callable
@@ -15,28 +14,42 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
-from lsjax.decoding.lookup import look_up
-from lsjax.decoding.passes import DRAFT, Cache, Weights, embed, run_layers
-from lsjax.decoding.rules import Greedy, Rule
+from lsjax.decoding.forward import DRAFT, TOKEN_IDS, Cache, Weights, adapt, embed, run_layers
+from lsjax.decoding.prompt_lookup import look_up
+from lsjax.decoding.sampling import Greedy, Sampler, Subset
 from lsjax.model.transformer import exit_logits
+
+GREEDY = Greedy()
 
 
 class Pause(NamedTuple):
-    """Where a loop returns before all rows are done: after `round` [] rounds in all, or with fewer than `rows` [] rows
-    that are not done."""
+    """Says when a loop returns before all sequences have finished.
+
+    round: return after this many rounds of the batch, counted from the start [].
+    unfinished: return when fewer sequences than this are unfinished [].
+    """
 
     round: jax.Array | int = 2**31 - 1
-    rows: jax.Array | int = 1
+    unfinished: jax.Array | int = 1
 
 
 NEVER = Pause()
 
 
-class Decoding(NamedTuple):
-    """The state of B rows being decoded. `tokens` [B, >= limit + d] has `emitted` valid entries a row; `drafted_at` and
-    `accepted_at` [B, d] count the rounds in which a row had an i-th draft, and in which it was accepted. `text` [B, C]
-    is the prompt and the new tokens, length + 1 of them valid; [B, 0] where no drafts are looked up in it. `rounds` [B]
-    are each row's own, `round` [] counts those of the batch."""
+class DecodeState(NamedTuple):
+    """The state of B sequences while they are decoded.
+
+    cache: keys and values of every layer.
+    tokens: new tokens [B, >= max_new_tokens + d], of which the first emitted[b] are valid.
+    emitted: number of new tokens [B].
+    length: valid cache entries [B].
+    pending: the newest token, which is not in the cache yet [B].
+    done: whether the sequence has finished [B].
+    rounds: rounds that the sequence has taken [B].
+    drafted_at, accepted_at: rounds in which an i-th draft existed, and in which it was accepted [B, d].
+    text: prompt and new tokens [B, C], the first length[b] + 1 valid; [B, 0] unless drafts are copied from it.
+    round: rounds of the whole batch [].
+    """
 
     cache: Cache
     tokens: jax.Array
@@ -55,26 +68,31 @@ def begin(
     cache: Cache,
     first: jax.Array,
     lengths: jax.Array,
-    limit: jax.Array,
-    stop: jax.Array,
-    room: int,
-    num_speculations: int = 0,
+    max_new_tokens: jax.Array,
+    stop_token_ids: jax.Array,
+    buffer_size: int,
+    max_drafts: int = 0,
     prompts: jax.Array | None = None,
-) -> Decoding:
-    """After prefill: `first` [B] is already emitted. `room`: tokens a row may write, rounds past the limit
-    included. `limit` [] is max_new_tokens, `stop` [n] the ids that end a text. `prompts` [B, S]: for lookup."""
+) -> DecodeState:
+    """Returns the state after prefill, with each sequence's first new token already emitted.
+
+    first: the first new token [B]; lengths: prompt lengths [B].
+    stop_token_ids: ids that end a sequence [n]; max_new_tokens: limit of new tokens [].
+    buffer_size: room for new tokens per sequence; the last round may write past max_new_tokens.
+    max_drafts: the most drafts of one round. prompts: prompt tokens [B, S], if drafts will be copied from the text.
+    """
     batch = first.shape[0]
-    zeros, counts = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, num_speculations), jnp.int32)
+    zeros, counts = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, max_drafts), jnp.int32)
     text = jnp.zeros((batch, 0), jnp.int32)
     if prompts is not None:
-        text = jnp.pad(prompts, ((0, 0), (0, room))).at[jnp.arange(batch), lengths].set(first)
-    return Decoding(
+        text = jnp.pad(prompts, ((0, 0), (0, buffer_size))).at[jnp.arange(batch), lengths].set(first)
+    return DecodeState(
         cache=cache,
-        tokens=jnp.zeros((batch, room), jnp.int32).at[:, 0].set(first),
+        tokens=jnp.zeros((batch, buffer_size), jnp.int32).at[:, 0].set(first),
         emitted=zeros + 1,
         length=lengths,
         pending=first,
-        done=jnp.isin(first, stop) | (limit <= 1),
+        done=jnp.isin(first, stop_token_ids) | (max_new_tokens <= 1),
         rounds=zeros,
         drafted_at=counts,
         accepted_at=counts,
@@ -83,126 +101,142 @@ def begin(
     )
 
 
-def replace_row(state: Decoding, row: jax.Array, new: Decoding) -> Decoding:
-    """`new`, of one row, in the place of row `row` []."""
+def replace_sequence(state: DecodeState, index: jax.Array, new: DecodeState) -> DecodeState:
+    """Returns `state` with sequence `index` [] replaced by the only sequence of `new`."""
 
     def put(whole, part):
-        return jax.lax.dynamic_update_slice_in_dim(whole, part, row, axis=0) if whole.ndim else whole
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, index, axis=0) if whole.ndim else whole
 
     return jax.tree.map(put, state, new)
 
 
 def autoregressive_loop(
     weights: Weights,
-    state: Decoding,
-    limit: jax.Array,
-    stop: jax.Array,
+    state: DecodeState,
+    max_new_tokens: jax.Array,
+    stop_token_ids: jax.Array,
     config: ModelConfig,
     exit_layer: int,
-    rule: Rule = Greedy(),  # noqa: B008 (immutable)
+    sampler: Sampler = GREEDY,
     pause: Pause = NEVER,
-) -> Decoding:
-    """One token a pass through the first `exit_layer` layers (L: the full model) until every row is done."""
+) -> DecodeState:
+    """Decodes one token per pass through the first `exit_layer` layers (L: the full model) until all are done."""
 
-    def one_token(state: Decoding) -> Decoding:
+    def one_token(state: DecodeState) -> DecodeState:
         x = embed(weights, state.pending[:, None])
         x, cache = run_layers(weights, x, state.cache, state.length, range(exit_layer), config)
-        token, _ = rule.choose(exit_logits(weights, x, config)[:, 0], state.emitted)
-        return _commit(state._replace(cache=cache), token[:, None], jnp.zeros_like(state.length), 0, limit, stop)
+        token, _ = sampler.choose(exit_logits(weights, adapt(weights, x), config)[:, 0], state.emitted)
+        state, accepted = state._replace(cache=cache), jnp.zeros_like(state.length)
+        return _commit(state, token[:, None], accepted, 0, max_new_tokens, stop_token_ids)
 
-    return jax.lax.while_loop(_goes_on(pause), one_token, state)
+    return jax.lax.while_loop(_continues(pause), one_token, state)
 
 
 def self_speculative_loop(
     weights: Weights,
-    state: Decoding,
-    limit: jax.Array,
-    stop: jax.Array,
+    state: DecodeState,
+    max_new_tokens: jax.Array,
+    stop_token_ids: jax.Array,
     config: ModelConfig,
     exit_layer: int,
     num_speculations: int,
-    rule: Rule = Greedy(),  # noqa: B008 (immutable)
+    sampler: Sampler = GREEDY,
     pause: Pause = NEVER,
     lookup: int = 0,
-) -> Decoding:
-    """Rounds of: draft d tokens with the first E layers, verify all with the others, keep what `rule` accepts.
+) -> DecodeState:
+    """Decodes in rounds: drafts d tokens with the first E layers, verifies all with the others, keeps what agrees.
 
-    A row whose newest tokens stood in its text before takes `lookup` drafts from there instead; all layers verify them.
-    Emits what the full model's decoding by the same rule would (when sampling: by the same distribution), whatever
-    the drafts were.
+    Emits what the full model emits with the same sampler (when sampling: with the same distribution), whatever the
+    drafts are. lookup: where the newest tokens of a sequence occurred before in its text, copy this many drafts from
+    there instead of drafting; all layers then verify them.
     """
 
-    def drafting_round(state: Decoding) -> Decoding:
-        own = DRAFT not in weights
-        drafted = draft(weights, state, config, exit_layer, num_speculations, rule, keep_states=own)
-        # Verify: the d+1 kept states through the remaining layers, in one pass over the same cache.
-        x, late = drafted.states, range(exit_layer, config.num_layers)
-        if not own:  # they and their cache entries are not the model's own: all layers, from the tokens on
-            tokens = jnp.concatenate([state.pending[:, None], drafted.tokens], axis=1)
-            x, late = embed(weights, tokens), range(config.num_layers)
-        x, cache = run_layers(weights, x, drafted.cache, state.length, late, config)
+    def drafting_round(state: DecodeState) -> DecodeState:
+        shares_cache = "layers" not in weights.get(DRAFT, {})
+        drafts = draft(weights, state, config, exit_layer, num_speculations, sampler, keep_states=shares_cache)
+        # Verify: run the d+1 kept states through the remaining layers, in one pass over the same cache.
+        x, remaining = drafts.states, range(exit_layer, config.num_layers)
+        if not shares_cache:  # other layers drafted: their states and cache entries are not the model's own
+            tokens = jnp.concatenate([state.pending[:, None], drafts.tokens], axis=1)
+            x, remaining = embed(weights, tokens), range(config.num_layers)
+        x, cache = run_layers(weights, x, drafts.cache, state.length, remaining, config)
         logits = exit_logits(weights, x, config)
-        block, accepted = rule.verify(drafted.tokens, drafted.drawn_by, logits, state.emitted)
-        return _commit(state._replace(cache=cache), block, accepted, num_speculations, limit, stop)
+        block, accepted = sampler.verify(drafts.tokens, drafts.log_probs, logits, state.emitted)
+        state = state._replace(cache=cache)
+        return _commit(state, block, accepted, num_speculations, max_new_tokens, stop_token_ids)
 
-    def copying_round(state: Decoding, copied: jax.Array, found: jax.Array) -> Decoding:
-        drafted, counts = _copy_or_draft(weights, state, config, exit_layer, num_speculations, rule, copied, found)
-        x = embed(weights, jnp.concatenate([state.pending[:, None], drafted.tokens], axis=1))
-        x, cache = run_layers(weights, x, drafted.cache, state.length, range(config.num_layers), config)
+    def copying_round(state: DecodeState, copied: jax.Array, found: jax.Array) -> DecodeState:
+        drafts, counts = _copy_or_draft(weights, state, config, exit_layer, num_speculations, sampler, copied, found)
+        x = embed(weights, jnp.concatenate([state.pending[:, None], drafts.tokens], axis=1))
+        x, cache = run_layers(weights, x, drafts.cache, state.length, range(config.num_layers), config)
         logits = exit_logits(weights, x, config)
-        block, accepted = rule.verify(drafted.tokens, drafted.drawn_by, logits, state.emitted, counts)
-        return _commit(state._replace(cache=cache), block, accepted, counts, limit, stop)
+        block, accepted = sampler.verify(drafts.tokens, drafts.log_probs, logits, state.emitted, counts)
+        return _commit(state._replace(cache=cache), block, accepted, counts, max_new_tokens, stop_token_ids)
 
     if lookup:
-        return _take_turns(drafting_round, copying_round, state, lookup, _goes_on(pause))
-    return jax.lax.while_loop(_goes_on(pause), drafting_round, state)
+        return _take_turns(drafting_round, copying_round, state, lookup, _continues(pause))
+    return jax.lax.while_loop(_continues(pause), drafting_round, state)
 
 
-def _take_turns(drafting_round, copying_round, state: Decoding, lookup: int, goes_on) -> Decoding:
-    """Rounds of either kind, by whether a row has something to copy."""
+def _take_turns(drafting_round, copying_round, state: DecodeState, lookup: int, continues) -> DecodeState:
+    """Runs rounds of either kind, chosen by whether any sequence has something to copy."""
 
-    def looked_up(state: Decoding) -> tuple[Decoding, jax.Array, jax.Array]:
+    def looked_up(state: DecodeState) -> tuple[DecodeState, jax.Array, jax.Array]:
         copied, found = look_up(state.text, state.length + 1, lookup)
         return state, copied, found & ~state.done
 
     def rounds(carry):
-        """Those without a match up to the next, then those with one. Branches in one loop would copy the cache."""
+        """Runs drafting rounds up to the next match, then copying rounds up to the next miss.
+
+        Two inner loops, since branches inside one loop would copy the cache.
+        """
         carry = jax.lax.while_loop(
-            lambda c: goes_on(c[0]) & ~jnp.any(c[2]), lambda c: looked_up(drafting_round(c[0])), carry
+            lambda c: continues(c[0]) & ~jnp.any(c[2]), lambda c: looked_up(drafting_round(c[0])), carry
         )
         return jax.lax.while_loop(
-            lambda c: goes_on(c[0]) & jnp.any(c[2]), lambda c: looked_up(copying_round(*c)), carry
+            lambda c: continues(c[0]) & jnp.any(c[2]), lambda c: looked_up(copying_round(*c)), carry
         )
 
-    return jax.lax.while_loop(lambda c: goes_on(c[0]), rounds, looked_up(state))[0]
+    return jax.lax.while_loop(lambda c: continues(c[0]), rounds, looked_up(state))[0]
 
 
-def _goes_on(pause: Pause) -> Callable[[Decoding], jax.Array]:
-    return lambda state: (jnp.sum(~state.done) >= pause.rows) & (state.round < pause.round)
+def _continues(pause: Pause) -> Callable[[DecodeState], jax.Array]:
+    """Returns the predicate of a loop: not paused, and some sequence unfinished."""
+    return lambda state: (jnp.sum(~state.done) >= pause.unfinished) & (state.round < pause.round)
 
 
 class Drafts(NamedTuple):
-    """tokens [B,d]; drawn_by: the log-probabilities [B,d,V] they were drawn by (None: greedily); states [B,d+1,D]:
-    after layer E-1 (the paper's exit query cache), of the pending token and of every draft."""
+    """Drafted tokens and what verification needs.
+
+    tokens: [B,d].
+    log_probs: log-probabilities that the tokens were drawn by [B,d,V]; None when greedy.
+    states: hidden states after layer E-1 of the pending token and of every draft [B,d+1,D] (the paper's exit query
+      cache).
+    cache: the KV cache with the drafts' entries in the early layers.
+    """
 
     tokens: jax.Array
-    drawn_by: jax.Array | None
+    log_probs: jax.Array | None
     states: jax.Array
     cache: Cache
 
 
 def draft(
     weights: Weights,
-    state: Decoding,
+    state: DecodeState,
     config: ModelConfig,
     exit_layer: int,
     num_speculations: int,
-    rule: Rule = Greedy(),  # noqa: B008 (immutable)
+    sampler: Sampler = GREEDY,
     keep_states: bool = True,
 ) -> Drafts:
-    """d tokens from the first E layers, one at a time. The last draft runs through the early layers too, so that the
-    others can go on from there; not without `keep_states`, where all layers verify."""
+    """Drafts d tokens with the first E layers, one at a time.
+
+    With keep_states the last draft runs through the early layers too, so that the remaining layers can continue from
+    its state. Without, all layers will verify, and no states are needed.
+    """
     drafter = weights | weights.get(DRAFT, {})
+    subset = Subset(drafter[TOKEN_IDS], config.vocab_size) if TOKEN_IDS in drafter else None
     batch, width = state.pending.shape[0], weights["embed"].shape[1]
 
     def put(whole, part, index):
@@ -212,14 +246,15 @@ def draft(
         token, drafts = carry
         x = embed(weights, token[:, None])
         x, cache = run_layers(drafter, x, drafts.cache, state.length + index, range(exit_layer), config)
-        token, log_p = rule.choose(exit_logits(drafter, x, config)[:, 0], state.emitted + index)
-        drawn_by = None if log_p is None else put(drafts.drawn_by, log_p, index)
-        return token, Drafts(put(drafts.tokens, token, index), drawn_by, put(drafts.states, x[:, 0], index), cache)
+        logits = exit_logits(drafter, adapt(drafter, x), config)[:, 0]
+        token, log_p = sampler.choose(logits, state.emitted + index, subset)
+        log_probs = None if log_p is None else put(drafts.log_probs, log_p, index)
+        return token, Drafts(put(drafts.tokens, token, index), log_probs, put(drafts.states, x[:, 0], index), cache)
 
-    log_p = jax.eval_shape(lambda: rule.choose(jnp.zeros((batch, config.vocab_size)), state.emitted))[1]
+    log_p = jax.eval_shape(lambda: sampler.choose(jnp.zeros((batch, config.vocab_size)), state.emitted))[1]
     empty = Drafts(
         tokens=jnp.zeros((batch, num_speculations), jnp.int32),
-        drawn_by=None if log_p is None else jnp.zeros((batch, num_speculations, config.vocab_size), log_p.dtype),
+        log_probs=None if log_p is None else jnp.zeros((batch, num_speculations, config.vocab_size), log_p.dtype),
         states=jnp.zeros((batch, num_speculations + 1, width), weights["embed"].dtype),
         cache=state.cache,
     )
@@ -228,22 +263,31 @@ def draft(
         last, drafts = jax.lax.fori_loop(0, num_speculations, draft_one, (last, drafts))
     if not keep_states:
         return drafts
-    x, cache = run_layers(
-        weights, embed(weights, last[:, None]), drafts.cache, state.length + num_speculations, range(exit_layer), config
-    )
+    position = state.length + num_speculations
+    x, cache = run_layers(weights, embed(weights, last[:, None]), drafts.cache, position, range(exit_layer), config)
     return drafts._replace(states=put(drafts.states, x[:, 0], num_speculations), cache=cache)
 
 
 def _copy_or_draft(
-    weights, state, config, exit_layer, num_speculations, rule, copied, found
+    weights: Weights,
+    state: DecodeState,
+    config: ModelConfig,
+    exit_layer: int,
+    num_speculations: int,
+    sampler: Sampler,
+    copied: jax.Array,
+    found: jax.Array,
 ) -> tuple[Drafts, jax.Array]:
-    """(drafts, how many each row has [B]): `copied` [B, m] where `found` [B], else d of the early layers, as in a round
-    without copies: a row's drafts must not depend on the other rows. `states` are not kept."""
+    """Returns drafts for a copying round, without states, and the number of drafts of each sequence [B].
+
+    Takes copied [B, m] where found [B]. Elsewhere the early layers draft d tokens, as in a drafting round, since the
+    drafts of one sequence must not depend on the others.
+    """
     batch, length = copied.shape
     width = max(length, num_speculations)
 
     def make(drafts):
-        return draft(weights, state._replace(cache=drafts.cache), config, exit_layer, num_speculations, rule, False)
+        return draft(weights, state._replace(cache=drafts.cache), config, exit_layer, num_speculations, sampler, False)
 
     shapes = jax.eval_shape(make, state)._replace(cache=())
     drafts = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)._replace(cache=state.cache)
@@ -255,27 +299,31 @@ def _copy_or_draft(
         return jnp.pad(a, ((0, 0), (0, width - a.shape[1]), *[(0, 0)] * (a.ndim - 2)))
 
     tokens = jnp.where(found[:, None], widen(copied), widen(drafts.tokens))
-    drawn_by = drafts.drawn_by
-    if drawn_by is not None:
-        # A copy is drawn from a distribution that has nothing else.
-        sure = jnp.where(tokens[..., None] == jnp.arange(config.vocab_size), 0.0, -jnp.inf)
-        drawn_by = jnp.where(found[:, None, None], sure, widen(drawn_by))
-    return drafts._replace(tokens=tokens, drawn_by=drawn_by), jnp.where(found, length, num_speculations)
+    log_probs = drafts.log_probs
+    if log_probs is not None:
+        # A copied token counts as drawn from a distribution that holds nothing else.
+        certain = jnp.where(tokens[..., None] == jnp.arange(config.vocab_size), 0.0, -jnp.inf)
+        log_probs = jnp.where(found[:, None, None], certain, widen(log_probs))
+    return drafts._replace(tokens=tokens, log_probs=log_probs), jnp.where(found, length, num_speculations)
 
 
 def _commit(
-    state: Decoding, block: jax.Array, accepted: jax.Array, drafted: jax.Array | int, limit: jax.Array, stop: jax.Array
-) -> Decoding:
-    """Emits the first accepted[b] + 1 tokens of block [B, d+1], cut at the first stop token and at the limit.
+    state: DecodeState,
+    block: jax.Array,
+    accepted: jax.Array,
+    drafted: jax.Array | int,
+    max_new_tokens: jax.Array,
+    stop_token_ids: jax.Array,
+) -> DecodeState:
+    """Emits the first accepted[b] + 1 tokens of block [B, d+1], cut at the first stop token and at max_new_tokens.
 
-    `drafted` and `accepted` count only drafts whose verdict mattered: those past a stop or the limit do not.
+    Counts as drafted and accepted only drafts whose verdict mattered, that is none past a stop token or the limit.
     """
     agreed = accepted + 1
-    is_stop = jnp.isin(block, stop)
+    is_stop = jnp.isin(block, stop_token_ids)
     until_stop = jnp.where(jnp.any(is_stop, axis=1), jnp.argmax(is_stop, axis=1) + 1, block.shape[1] + 1)
-    kept = jnp.minimum(jnp.minimum(agreed, until_stop), limit - state.emitted)
+    kept = jnp.minimum(jnp.minimum(agreed, until_stop), max_new_tokens - state.emitted)
     kept = jnp.where(state.done, 0, kept)
-    write_row = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,))  # noqa: E731
     newest = jnp.take_along_axis(block, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
     active = ~state.done
     emitted = state.emitted + kept
@@ -284,17 +332,22 @@ def _commit(
     places = jnp.arange(state.accepted_at.shape[1])
     text = state.text
     if text.shape[1]:
-        text = jnp.where(state.done[:, None], text, jax.vmap(write_row)(text, block, state.length + 1))
+        text = jnp.where(state.done[:, None], text, _write_rows(text, block, state.length + 1))
     return state._replace(
-        # The whole block goes in; entries past `emitted` are overwritten by the next round or never read.
-        tokens=jnp.where(state.done[:, None], state.tokens, jax.vmap(write_row)(state.tokens, block, state.emitted)),
+        # The whole block is written. The next round overwrites entries past `emitted`, or nothing reads them.
+        tokens=jnp.where(state.done[:, None], state.tokens, _write_rows(state.tokens, block, state.emitted)),
         emitted=emitted,
         length=state.length + kept,
         pending=jnp.where(active, newest, state.pending),
-        done=state.done | (until_stop <= agreed) | (emitted >= limit),
+        done=state.done | (until_stop <= agreed) | (emitted >= max_new_tokens),
         rounds=state.rounds + active,
         round=state.round + 1,
         drafted_at=state.drafted_at + (places < judged[:, None]),
         accepted_at=state.accepted_at + (places < counted[:, None]),
         text=text,
     )
+
+
+def _write_rows(rows: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """Writes new [B, n] into rows [B, C], each row from at[b] on."""
+    return jax.vmap(lambda row, part, start: jax.lax.dynamic_update_slice(row, part, (start,)))(rows, new, at)

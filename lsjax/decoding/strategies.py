@@ -1,120 +1,238 @@
-"""How to decode: the three strategies, as values."""
+"""Decoding strategies and sampling settings, as values."""
 
 import dataclasses
-import math
 import numbers
-from typing import Literal
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, cast
 
-from lsjax.errors import UserError
+from lsjax.errors import UserError, shown
 
 MAX_SPECULATIONS = 64
 AUTO = "auto"
 INT8 = "int8"
-_LEAST_TEMPERATURE = 1e-6  # below it, float32 logits over temperature would in the end be infinite
+_LEAST_TOP_P = 1e-30  # much smaller ones round to 0 in float32, which keeps no token
+_LARGEST_TEMPERATURE = 1e30  # infinite in float32 above 3.4e38, which makes every logit 0 or not a number
+_LEAST_TEMPERATURE = 1e-6  # below it, float32 logits divided by the temperature could become infinite
+
+
+DraftVocabulary = int | Sequence[int] | str | os.PathLike[str]
+
+
+class _Strategy:
+    """The questions that every strategy answers. The defaults are those of decoding without drafts."""
+
+    name: ClassVar[str]
+    draft_weights: Any = None
+    draft_vocabulary: Any = None
+    lookup: Any = 0
+
+    @property
+    def max_drafts(self) -> int:
+        """The most drafts of one round."""
+        return 0
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """The most tokens in one pass, which is also the most cache entries that a round writes past the valid ones."""
+        return self.max_drafts + 1
+
+    def layers_run(self, num_layers: int) -> int:
+        """Returns the number of layers that every emitted token passes through."""
+        return num_layers
+
+    def settings(self) -> dict[str, Any]:
+        """Returns {setting: value}, the same keys for every strategy; None where a strategy has no such setting.
+
+        Token ids of a draft vocabulary are given by their number.
+        """
+        names = ("exit_layer", "num_speculations", "draft_weights", "lookup", "draft_vocabulary")
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(cast(Any, self))}
+        if isinstance(self.draft_vocabulary, tuple):
+            values["draft_vocabulary"] = len(self.draft_vocabulary)
+        return dict.fromkeys(names) | values
 
 
 @dataclasses.dataclass(frozen=True)
-class Autoregressive:
-    """One token a pass, through all layers."""
+class Autoregressive(_Strategy):
+    """Decodes one token per pass through all layers."""
 
-    name = "autoregressive"
+    name: ClassVar[str] = "autoregressive"
 
 
 @dataclasses.dataclass(frozen=True)
-class EarlyExit:
-    """One token a pass, through the first `exit_layer` layers only. Fast; the text is the early exit's own."""
+class EarlyExit(_Strategy):
+    """Decodes one token per pass through the first `exit_layer` layers only.
+
+    Fast, but the text is that of the early exit, not of the full model.
+    """
 
     exit_layer: int
-    name = "early_exit"
+    name: ClassVar[str] = "early_exit"
+
+    def layers_run(self, num_layers: int) -> int:
+        return self.exit_layer
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfSpeculative:
-    """The first `exit_layer` layers draft `num_speculations` tokens, the rest verify them in one pass.
+class SelfSpeculative(_Strategy):
+    """Drafts with the first `exit_layer` layers and verifies with the rest, in one pass per round.
 
-    "auto", for either or both, leaves the choice to what is measured on the prompts at hand (lsjax/decoding/tuning.py).
-    draft_weights="int8": drafts by an int8 copy of the early layers and the head, and all layers verify, in full
-    precision; what the drafts left in the cache is overwritten, so the result is still the full model's.
-    lookup: where a text repeats itself, that many drafts are copied from it instead (prompt lookup), which all layers
-    verify in one pass; num_speculations may then be 0, for a model whose early layers draft badly. 0: no copies.
+    exit_layer, num_speculations: "auto", for either or both, chooses by measuring on the prompts (lsjax.tuning).
+    draft_weights: "int8" drafts with an int8 copy of the early layers and the head. All layers then verify in full
+      precision and overwrite the drafts' cache entries, so the result is still the full model's.
+    lookup: where the text repeats itself, copies this many drafts from it (prompt lookup); all layers verify them in
+      one pass. num_speculations may then be 0, for a model whose early layers draft badly. 0 copies nothing.
+    draft_vocabulary: drafts choose among these tokens only, so a draft reads only their rows of the head. A number k
+      takes the k most frequent tokens of the list beside the model (`lsjax draft_vocabulary` makes it); otherwise
+      token ids, or the path of a list. Stop tokens and special tokens always belong to it. Verification reads the
+      whole head, so the result is still the full model's.
     """
 
     exit_layer: int | Literal["auto"]
     num_speculations: int | Literal["auto"]
     draft_weights: Literal["int8"] | None = None
     lookup: int = 0
-    name = "self_speculative"
+    draft_vocabulary: DraftVocabulary | None = None
+    name: ClassVar[str] = "self_speculative"
+
+    def __post_init__(self):
+        # Compiled programs are stored by strategy, so every setting must have a hash.
+        object.__setattr__(self, "draft_vocabulary", _hashable_vocabulary(self.draft_vocabulary))
+
+    @property
+    def max_drafts(self) -> int:
+        return max(self.num_speculations, self.lookup)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: the likeliest one (temperature 0), or from what temperature, top_k (0: all) and top_p
-    leave, applied in this order to drafts and verification alike."""
+    """Says how tokens are drawn.
+
+    temperature 0 takes the likeliest token. Otherwise tokens are drawn from what temperature, top_k (0: all tokens) and
+    top_p leave, applied in this order, to drafts and verification alike.
+
+    coupled: draft and verifier draw with the same noise, so that self-speculation gives the tokens of autoregressive
+    sampling with the same seed, where otherwise it gives the same distribution. It keeps a few drafts fewer. Decoding
+    without drafts is the same with and without.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    coupled: bool = False
 
 
 Strategy = Autoregressive | EarlyExit | SelfSpeculative
+AUTOREGRESSIVE, GREEDY = Autoregressive(), Sampling()
 
 
 def check_strategy(strategy: Strategy, num_layers: int) -> None:
-    """Raises UserError when the exit layer or the draft length is no number, or out of range."""
-    lookup = getattr(strategy, "lookup", 0)
-    if not isinstance(lookup, numbers.Integral) or not 0 <= lookup <= MAX_SPECULATIONS:
-        raise UserError(f"lookup must be a number in 0..{MAX_SPECULATIONS}, got {lookup!r}")
+    """Raises UserError when a setting is of the wrong type or out of range for a model of `num_layers` layers."""
+    if not isinstance(strategy, Strategy):
+        raise UserError(
+            f"strategy must be Autoregressive(), EarlyExit(...) or SelfSpeculative(...), got {shown(strategy)}"
+        )
+    lookup = strategy.lookup
+    if isinstance(lookup, bool) or not isinstance(lookup, numbers.Integral) or not 0 <= lookup <= MAX_SPECULATIONS:
+        raise UserError(f"lookup must be a number in 0..{MAX_SPECULATIONS}, got {shown(lookup)}")
+    settings = {field.name: getattr(strategy, field.name) for field in dataclasses.fields(strategy)}
     for key in ("exit_layer", "num_speculations"):
-        value = getattr(strategy, key, 1)
-        if not isinstance(value, numbers.Integral):
-            raise UserError(f'{key} must be a number, or "auto" for self-speculation that is tuned, got {value!r}')
-    exit_layer = getattr(strategy, "exit_layer", num_layers)
+        value = settings.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise UserError(f'{key} must be a number, or "auto" for self-speculation that is tuned, got {shown(value)}')
+    exit_layer = settings.get("exit_layer", num_layers)
     if not 1 <= exit_layer <= num_layers:
-        raise UserError(f"exit_layer {exit_layer} is out of range: this model has layers 1..{num_layers}")
-    drafted = getattr(strategy, "num_speculations", 1)
+        raise UserError(f"exit_layer {shown(exit_layer)} is out of range: this model has layers 1..{num_layers}")
+    drafted = settings.get("num_speculations", 1)
     least = 0 if lookup else 1
     if not least <= drafted <= MAX_SPECULATIONS:
-        raise UserError(f"num_speculations {drafted} is out of range {least}..{MAX_SPECULATIONS}")
-    drafting = getattr(strategy, "draft_weights", None)
-    if drafting not in (None, INT8):
-        raise UserError(f'draft_weights must be "{INT8}", or None for the model\'s own, got {drafting!r}')
-    if drafting and not drafted:
-        raise UserError("draft_weights is of drafts: with num_speculations=0 there are none")
+        raise UserError(f"num_speculations {shown(drafted)} is out of range {least}..{MAX_SPECULATIONS}")
+    drafter = strategy.draft_weights
+    if drafter is not None and not (isinstance(drafter, str) and drafter == INT8):
+        raise UserError(f'draft_weights must be "{INT8}", or None for the model\'s own, got {shown(drafter)}')
+    for key in ("draft_weights", "draft_vocabulary"):
+        if getattr(strategy, key) is not None and not drafted:
+            raise UserError(f"{key} needs drafts: raise num_speculations above 0")
+    _check_draft_vocabulary(strategy.draft_vocabulary)
+
+
+def _check_draft_vocabulary(vocabulary: Any) -> None:
+    """Raises UserError unless a draft vocabulary is None, a positive number, a path, or a tuple of whole numbers."""
+    if vocabulary is None or (isinstance(vocabulary, str) and vocabulary):
+        return
+    if isinstance(vocabulary, tuple) and not vocabulary:
+        raise UserError("draft_vocabulary is empty: give at least one token id, or leave it away")
+    for value in vocabulary if isinstance(vocabulary, tuple) else (vocabulary,):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise UserError(f"draft_vocabulary must be a number, token ids or the path of a list, got {shown(value)}")
+    if isinstance(vocabulary, int) and vocabulary < 1:
+        raise UserError(f"draft_vocabulary must be at least 1 token, got {shown(vocabulary)}")
+
+
+def _hashable_vocabulary(vocabulary: Any) -> Any:
+    """Returns a path as a text, a number as an int, and a list or array of ids as a tuple; anything else as it is."""
+    if isinstance(vocabulary, os.PathLike):
+        return os.fspath(vocabulary)
+    if isinstance(vocabulary, numbers.Integral) and not isinstance(vocabulary, bool):
+        return int(vocabulary)
+    if hasattr(vocabulary, "tolist") and not isinstance(vocabulary, type):  # an array
+        vocabulary = vocabulary.tolist()
+    return tuple(vocabulary) if isinstance(vocabulary, list | range | set | frozenset) else vocabulary
+
+
+def vocabulary_label(settings: dict[str, Any]) -> str:
+    """Returns the draft vocabulary in some settings or stats for people, such as "of 8192 ids"; empty without one."""
+    vocabulary = settings.get("draft_vocabulary")
+    if vocabulary is None:
+        return ""
+    return f"of the ids in {vocabulary}" if isinstance(vocabulary, str) else f"of {vocabulary} ids"
 
 
 def label(strategy: Strategy) -> str:
-    """Its name and settings, for people."""
-    exit_layer = getattr(strategy, "exit_layer", None)
-    drafts, lookup = (getattr(strategy, key, 0) for key in ("num_speculations", "lookup"))
-    in_int8 = " in int8" if getattr(strategy, "draft_weights", None) else ""
-    parts = [f"exit layer {exit_layer}" if exit_layer else "", f"{drafts} drafts{in_int8}" if drafts else ""]
-    parts.append(f"{lookup} copied" if lookup else "")
-    return ", ".join([strategy.name, *(part for part in parts if part)])
+    """Returns the strategy's name and settings for people, such as "self_speculative, exit layer 2, 4 drafts"."""
+    settings = strategy.settings()
+    in_int8 = " in int8" if strategy.draft_weights else ""
+    drafts = f"{settings['num_speculations']} drafts{in_int8} {vocabulary_label(settings)}".rstrip()
+    parts = [
+        strategy.name,
+        f"exit layer {settings['exit_layer']}" if settings["exit_layer"] else "",
+        drafts if settings["num_speculations"] else "",
+        f"{strategy.lookup} copied" if strategy.lookup else "",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def is_auto(strategy: Strategy) -> bool:
-    """Whether something of it is still to be chosen."""
-    return isinstance(strategy, SelfSpeculative) and AUTO in (strategy.exit_layer, strategy.num_speculations)
+    """Returns whether a setting is still to be chosen."""
+    return isinstance(strategy, SelfSpeculative) and (
+        is_choice_left(strategy.exit_layer) or is_choice_left(strategy.num_speculations)
+    )
+
+
+def is_choice_left(value: Any) -> bool:
+    """Returns whether a setting is "auto"."""
+    return isinstance(value, str) and value == AUTO
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Raises UserError when a setting is out of range, or would have no effect."""
+    """Raises UserError when a setting is out of range or would have no effect."""
+    for name, kind in (("temperature", numbers.Real), ("top_k", numbers.Integral), ("top_p", numbers.Real)):
+        value = getattr(sampling, name, None)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            wanted = "a whole number" if kind is numbers.Integral else "a number"
+            raise UserError(f"{name} must be {wanted}, got {shown(value)}")
+    if not isinstance(sampling.coupled, bool):
+        raise UserError(f"coupled must be True or False, got {shown(sampling.coupled)}")
     s = sampling
-    if not (math.isfinite(s.temperature) and (s.temperature == 0 or s.temperature >= _LEAST_TEMPERATURE)):
-        raise UserError(f"temperature must be 0 (greedy) or at least {_LEAST_TEMPERATURE}, got {s.temperature}")
+    if not (s.temperature == 0 or _LEAST_TEMPERATURE <= s.temperature <= _LARGEST_TEMPERATURE):
+        raise UserError(
+            f"temperature must be 0 (greedy) or in {_LEAST_TEMPERATURE}..{_LARGEST_TEMPERATURE}, "
+            f"got {shown(s.temperature)}"
+        )
     if s.top_k < 0:
-        raise UserError(f"top_k must be 0 (all tokens) or positive, got {s.top_k}")
-    if not 0 < s.top_p <= 1:
-        raise UserError(f"top_p must be above 0 and at most 1, got {s.top_p}")
+        raise UserError(f"top_k must be 0 (all tokens) or positive, got {shown(s.top_k)}")
+    if not _LEAST_TOP_P <= s.top_p <= 1:
+        raise UserError(f"top_p must be at least {_LEAST_TOP_P} and at most 1, got {shown(s.top_p)}")
     if s.temperature == 0 and (s.top_k or s.top_p < 1):
         raise UserError("top_k and top_p need a temperature above 0: at 0 decoding is greedy")
-
-
-def most_drafts(strategy: Strategy) -> int:
-    """How many drafts a round may have."""
-    return max(strategy.num_speculations, strategy.lookup) if isinstance(strategy, SelfSpeculative) else 0
-
-
-def lookahead(strategy: Strategy) -> int:
-    """Cache entries past the last accepted token that a round may write."""
-    return most_drafts(strategy) + 1

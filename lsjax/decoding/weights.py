@@ -1,4 +1,4 @@
-"""Decoder weights made straight from files, so that a model is held once; and its parameters made of them again."""
+"""Decoder weights straight from files, so that memory holds a model once; and parameters back from them."""
 
 import functools
 from typing import Any
@@ -7,38 +7,49 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from lsjax.decoding.passes import Weights
-from lsjax.interop.source import ModelSource
-from lsjax.model.output_major import INPUT_AXES, LeftOperand, OutputMajor, inputs_first, laid_out, with_output_major
-from lsjax.model.quantized import Quantized, quantize_layers, quantize_params
+from lsjax.decoding.forward import Weights
+from lsjax.decoding.shardings import decoder_weight_shardings
+from lsjax.io.source import ModelSource
+from lsjax.model.quantization import Quantized, quantize_layers, quantize_params
 from lsjax.model.transformer import Params
-from lsjax.scale.sharding import decoder_shardings, mesh_of, tree_shardings
+from lsjax.model.weight_layout import (
+    INPUT_AXES,
+    LeftOperand,
+    OutputMajor,
+    inputs_first,
+    lay_out_layers,
+    lay_out_weights,
+)
+from lsjax.parallel.sharding import mesh_of, tree_shardings
 
 
 def read_decoder_weights(
     source: ModelSource, shapes: Params, dtype: jnp.dtype, mesh: Mesh | None, for_cpu: bool, in_int8: bool
 ) -> Weights:
-    """What `decoder_weights` makes of a source's parameters (in_int8: rounded as `quantize_params` does), `shapes` of
-    them stacked. Beside the result memory holds one weight of one layer at a time, as it was read (from a workdir, the
-    host holds one of all layers)."""
+    """Reads a model's parameters into the layout of `decoder_weights`, weight by weight.
+
+    shapes: the stacked parameters, described. in_int8: rounds them as `quantize_params` does.
+    Besides the result, memory holds one weight of one layer at a time, as it was read. (For a workdir the host holds
+    one weight of all layers.)
+    """
     layout = LeftOperand if for_cpu and mesh is None else OutputMajor
-    change = quantize_layers if in_int8 else functools.partial(laid_out, layout=layout)
+    change = quantize_layers if in_int8 else functools.partial(lay_out_layers, layout=layout)
     rest = {key: shapes[key] for key in shapes if key != "layers"}
     rest = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), rest)
     layer = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], dtype), shapes["layers"])
-    # The head first: changing it takes as much again as there is room for now.
+    # The head comes first: its change needs a second copy, and memory is still free.
     rest = _with_head(source.load_rest(_placed(rest, mesh)), layout, mesh, in_int8)
     return rest | {"layers": _read_layers(source, layer, change, mesh)}
 
 
 def _read_layers(source: ModelSource, layer: Params, change, mesh: Mesh | None) -> tuple[Params, ...]:
-    """Every layer, changed; `layer` describes one of them as it is read."""
+    """Reads and changes every layer; `layer` describes one of them as it is read."""
     read_as = jax.tree_util.tree_leaves_with_path(_placed({"layers": (layer,)}, mesh)["layers"][0])
     changed = _placed({"layers": (jax.eval_shape(change, layer),)}, mesh)["layers"][0]
     tree = jax.tree.structure(layer)
     held_as = tree.flatten_up_to(jax.tree.map(lambda a: a.sharding, changed))
     weights: list[list[Any]] = [[]] * len(read_as)
-    # The largest first: of some sources a weight of all layers lies in memory meanwhile.
+    # The largest weight comes first: some sources hold it for all layers in memory meanwhile.
     for place in sorted(range(len(read_as)), key=lambda place: -read_as[place][1].size):
         path, described = read_as[place]
         change_one = functools.partial(_change_one, change, path[-1].key)
@@ -57,23 +68,22 @@ def _with_head(rest: Params, layout, mesh: Mesh | None, in_int8: bool) -> Weight
         rest = quantize_params(rest | {"layers": {}})
 
     def change(rest):
-        return with_output_major(rest | {"layers": ()}, layout)
+        return lay_out_weights(rest | {"layers": ()}, layout)
 
     if mesh is None:
         return change(rest)
-    return jax.jit(change, out_shardings=decoder_shardings(jax.eval_shape(change, rest), mesh))(rest)
+    return jax.jit(change, out_shardings=decoder_weight_shardings(jax.eval_shape(change, rest), mesh))(rest)
 
 
 def _placed(weights: Weights, mesh: Mesh | None) -> Weights:
-    """Descriptions, with where decoding has them."""
+    """Returns the descriptions with the shardings that decoding uses."""
     here = SingleDeviceSharding(jax.devices()[0])
-    shardings = decoder_shardings(weights, mesh) if mesh else jax.tree.map(lambda _: here, weights)
+    shardings = decoder_weight_shardings(weights, mesh) if mesh else jax.tree.map(lambda _: here, weights)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), weights, shardings)
 
 
-def stacked_params(weights: Weights, shapes: Params) -> Params:
-    """Parameters of these `shapes` (of so many layers as there are) out of the decoder weights that were made of them;
-    int8 stays int8."""
+def stack_params(weights: Weights, shapes: Params) -> Params:
+    """Stacks decoder weights back into parameters of these `shapes`, for the layers there are; int8 stays int8."""
 
     def stack(path, leaf, *layers):
         if isinstance(layers[0], OutputMajor | LeftOperand):

@@ -1,1 +1,1 @@
-"""Measuring a model: every exit on held-out text, tables and figures."""
+"""Quality on held-out text: how good each exit is (exits.py)."""

@@ -1,62 +1,76 @@
-"""Cross-entropy at several exits without ever holding the logits of more than one chunk of tokens.
+"""The loss of given states at several exits, with the logits of only one chunk of tokens in memory at a time.
 
-The gradient of a chunk is formed right after its logits, in the forward pass: what the backward pass needs of an
-exit is then one [B, S, D] array, and no logits are computed twice. (Inside the layer loop they are: there, keeping the
-gradient of the head for every layer would be dearer.)
+loss.py calls `exit_losses` and says which states and weights; cross_entropy.py has the formulas for one exit and one
+chunk. This module loops over chunks and exits, splits the work over the mesh, and defines the gradient.
+
+The gradient of a chunk is computed in the forward pass, right after its logits. The backward pass then needs one
+[B,S,D] array per exit, and no logits are computed twice. (loss.py checkpoints the exits inside the layer loop, so there
+they are computed twice: keeping a gradient of the head for every layer would cost more.)
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lsjax.config import ModelConfig
-from lsjax.layerskip.cross_entropy import Exits, Text, charge, read_teacher
+from lsjax.layerskip.cross_entropy import Exits, Targets, exit_loss, read_teacher
 from lsjax.model.transformer import Params, final_norm, head_matrix
-from lsjax.scale.sharding import BATCH_AXES, PARAMETER_AXES, constrain, width_axis
+from lsjax.parallel.sharding import BATCH_AXES, PARAMETER_AXES, constrain, width_axis
 
 _STATES = (None, "batch", None, None)  # logical axes of states [E,B,S,D]
-EXIT_BRANCH = "exit_branch"  # the scope of the branch that leaves an exit out: compiled programs are read by it
+# The named scope of the branch that leaves an exit out. lsjax/aot finds the branch by it in compiled programs.
+EXIT_BRANCH = "exit_branch"
 
 
 class _Static(NamedTuple):
+    """The arguments of `exit_losses` that are not arrays; hashable, for `jax.custom_vjp`."""
+
     config: ModelConfig
     chunk: int
     z_loss: float
     head_learns: bool
+    learns_text: bool
 
 
 def exit_losses(
     params: Params,
     states: jax.Array,
-    text: Text,
+    targets: Targets,
     exits: Exits,
     config: ModelConfig,
     chunk: int,
     z_loss: float = 0.0,
     head_learns: bool = True,
+    learns_text: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum_e w(e) (CE_e + distillation(e) KL_e + z_loss (log Z_e)^2), CE_e [E]), summed over tokens; the second
-    carries no gradient.
+    """Computes the weighted loss of E exits and the cross-entropy of each, summed over tokens.
 
-    states [E,B,S,D] after E layers. An exit that is not active costs nothing. No gradient flows through the
-    teacher. Without `head_learns` the vocabulary projection has none either.
+    states: [E,B,S,D], the hidden states that the E exits read, before the final norm.
+    targets: next tokens, token weights and optionally a teacher's states; no gradient flows through the teacher.
+    exits: [E] arrays with the weight w(e) of each exit and whether it is active; an inactive exit costs nothing.
+    chunk: tokens whose logits exist at once.
+    head_learns: whether the vocabulary projection gets a gradient.
+    learns_text: False leaves CE_e out of the sum below, for exits that learn from the teacher alone.
+
+    Returns sum_e w(e) (CE_e + distillation(e) KL_e + z_loss (log Z_e)^2), and CE_e [E] without a gradient. With
+    learns_text=False, the teacher's CE follows those of the exits: [E+1].
     """
-    if text.teacher is not None:
-        text = text._replace(teacher=jax.lax.stop_gradient(final_norm(params, text.teacher, config)))
+    if targets.teacher is not None:
+        targets = targets._replace(teacher=jax.lax.stop_gradient(final_norm(params, targets.teacher, config)))
     weights = head_matrix(params) | {"final_norm": params["final_norm"]}
-    return _losses(weights, states, text, exits, _Static(config, chunk, z_loss, head_learns))
+    return _losses(weights, states, targets, exits, _Static(config, chunk, z_loss, head_learns, learns_text))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _losses(params, states, text, exits, static):
-    return _run(params, states, text, exits, static, with_gradient=False)[0]
+def _losses(params, states, targets, exits, static):
+    return _run(params, states, targets, exits, static, with_gradient=False)[0]
 
 
-def _losses_forward(params, states, text, exits, static):
-    return _run(params, states, text, exits, static, with_gradient=True)
+def _losses_forward(params, states, targets, exits, static):
+    return _run(params, states, targets, exits, static, with_gradient=True)
 
 
 def _losses_backward(static, gradients, cotangents):
@@ -68,28 +82,38 @@ def _losses_backward(static, gradients, cotangents):
 _losses.defvjp(_losses_forward, _losses_backward)
 
 
-def _run(params, states, text: Text, exits: Exits, static: _Static, with_gradient: bool):
-    """((objective, CE [E]), (gradient of params, of states) or None)."""
+def _run(params, states, targets: Targets, exits: Exits, static: _Static, with_gradient: bool):
+    """Returns (objective, CE [E]) and the gradients of params and states (None unless `with_gradient`)."""
     active = exits.active
     if active is None or active.ndim:
-        return _normed_run(params, states, text, exits, static, with_gradient)
-    run = lambda: _normed_run(params, states, text, exits._replace(active=None), static, with_gradient)  # noqa: E731
-    nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run))  # noqa: E731
-    # The branch is taken out here and not for each chunk, so that nothing at all is sent for an exit that is off.
+        return _normed_run(params, states, targets, exits, static, with_gradient)
+
+    def run():
+        return _normed_run(params, states, targets, exits._replace(active=None), static, with_gradient)
+
+    def skip():
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run))
+
+    # The branch stands here, outside the loop over chunks, so that devices exchange nothing for an exit that is off.
     with jax.named_scope(EXIT_BRANCH):
-        result, gradients = jax.lax.cond(active, run, nothing)
-    return result, gradients and _laid_out(*gradients)
+        result, gradients = jax.lax.cond(active, run, skip)
+    return result, gradients and _constrain_gradients(gradients)
 
 
-def _laid_out(of_params, of_states):
-    """Gradients where their arrays lie; the compiler has gathered them at the end of a branch."""
-    axes = lambda name: PARAMETER_AXES[name if name in PARAMETER_AXES else f"{name}/scale"]  # noqa: E731
-    of_params = {name: jax.tree.map(lambda a, n=name: constrain(a, *axes(n)), g) for name, g in of_params.items()}
-    return of_params, constrain(of_states, *_STATES)
+def _constrain_gradients(gradients):
+    """Splits gradients as their arrays are split; otherwise the compiler gathers them at the end of the branch."""
+    params_gradient, states_gradient = gradients
+
+    def constrain_parameter(name, gradient):
+        axes = PARAMETER_AXES[name if name in PARAMETER_AXES else f"{name}/scale"]
+        return jax.tree.map(lambda a: constrain(a, *axes), gradient)
+
+    params_gradient = {name: constrain_parameter(name, gradient) for name, gradient in params_gradient.items()}
+    return params_gradient, constrain(states_gradient, *_STATES)
 
 
-def _normed_run(params, states, text: Text, exits: Exits, static: _Static, with_gradient: bool):
-    """The exits' states through the final norm, and then judged."""
+def _normed_run(params, states, targets: Targets, exits: Exits, static: _Static, with_gradient: bool):
+    """Applies the final norm to the exits' states and computes their loss; results as in `_run`."""
     head = head_matrix(params)
 
     def norm(scale, x):
@@ -97,33 +121,36 @@ def _normed_run(params, states, text: Text, exits: Exits, static: _Static, with_
 
     if not with_gradient:
         normed = norm(params["final_norm"], states)
-        return _mesh_run(head, normed, text, exits, static, with_gradient)
-    normed, gradient_of_norm = jax.vjp(norm, params["final_norm"], states)
-    result, (of_head, of_normed) = _mesh_run(head, normed, text, exits, static, with_gradient)
-    of_scale, of_states = gradient_of_norm(of_normed)
-    # A head that does not learn has no gradient array at all, not one of zeros.
-    return result, ((of_head or dict.fromkeys(head)) | {"final_norm": of_scale}, of_states)
+        return _mesh_run(head, normed, targets, exits, static, with_gradient)
+    normed, norm_vjp = jax.vjp(norm, params["final_norm"], states)
+    result, (head_gradient, normed_gradient) = _mesh_run(head, normed, targets, exits, static, with_gradient)
+    scale_gradient, states_gradient = norm_vjp(normed_gradient)
+    # A head that does not learn has no gradient array at all, not an array of zeros.
+    return result, ((head_gradient or dict.fromkeys(head)) | {"final_norm": scale_gradient}, states_gradient)
 
 
-def _mesh_run(head, states, text: Text, exits: Exits, static: _Static, with_gradient: bool):
-    """((objective, CE [E]), (gradient of head, of states)), each device judging its own rows. States are normed."""
+def _mesh_run(head, states, targets: Targets, exits: Exits, static: _Static, with_gradient: bool):
+    """Computes the loss of normed states, each device for its own sequences.
+
+    Returns (objective, CE [E]) and the gradients of head and states (None unless `with_gradient`).
+    """
     run = functools.partial(_run_rows, static=static, with_gradient=with_gradient)
     if jax.sharding.get_abstract_mesh().empty:
-        return run(head, states, text, exits)
+        return run(head, states, targets, exits)
 
-    # By hand, with a head that is whole along D: what the compiler would make of the sum over chunks and exits is a
-    # reduction over the devices for each of them; here it is one.
-    def mine(head, states, text, exits):
+    # shard_map, with the head gathered along D, reduces over the devices once. The compiler would reduce once for every
+    # chunk and exit.
+    def mine(head, states, targets, exits):
         whole = {name: jax.lax.all_gather(a, "fsdp", axis=width_axis(name), tiled=True) for name, a in head.items()}
-        result, gradients = run(whole, states, text, exits)
+        result, gradients = run(whole, states, targets, exits)
         result = jax.lax.psum(result, BATCH_AXES)
         if gradients is None or gradients[0] is None:
             return result, gradients
-        of_head = {
+        head_gradient = {
             name: jax.lax.psum(jax.lax.psum_scatter(a, "fsdp", scatter_dimension=width_axis(name), tiled=True), "data")
             for name, a in gradients[0].items()
         }
-        return result, (of_head, gradients[1])
+        return result, (head_gradient, gradients[1])
 
     head_specs = {name: P(*["fsdp" if axis == width_axis(name) else None for axis in range(2)]) for name in head}
     rows, states_spec = P(BATCH_AXES), P(None, BATCH_AXES)
@@ -135,57 +162,71 @@ def _mesh_run(head, states, text: Text, exits: Exits, static: _Static, with_grad
         out_specs=(P(), gradient_specs),
         axis_names=set(BATCH_AXES),
         check_vma=False,
-    )(head, states, text, exits)
+    )(head, states, targets, exits)
 
 
-def _run_rows(head, states, text: Text, exits: Exits, static: _Static, with_gradient: bool):
-    """The same of one device's rows: chunk by chunk, in each exit by exit."""
-    _, chunk, z_loss, head_learns = static
+def _run_rows(head, states, targets: Targets, exits: Exits, static: _Static, with_gradient: bool):
+    """Does the work of `_mesh_run` for the sequences of one device: chunk by chunk, and in a chunk exit by exit."""
 
     def chunk_losses(head_sum, piece):
-        states, text = piece
-        judged = {"text": text, "teacher": read_teacher(head, text), "z_loss": z_loss}
-        charged = functools.partial(charge, head, **judged, with_gradient=with_gradient, head_learns=head_learns)
-        one_exit = functools.partial(_one_exit, charged, with_gradient)
-        return jax.lax.scan(one_exit, head_sum, (states, exits))
+        states, targets = piece
+        teacher = read_teacher(head, targets)
+        loss_of = functools.partial(
+            exit_loss,
+            head,
+            targets=targets,
+            teacher=teacher,
+            z_loss=static.z_loss,
+            with_gradient=with_gradient,
+            head_learns=static.head_learns,
+            learns_text=static.learns_text,
+        )
+        one_exit = functools.partial(_one_exit, loss_of, with_gradient)
+        head_sum, (values, losses, gradients) = jax.lax.scan(one_exit, head_sum, (states, exits))
+        if teacher is not None and not static.learns_text:
+            losses = jnp.append(losses, teacher.cross_entropy)
+        return head_sum, (values, losses, gradients)
 
-    states_pieces, text_pieces = split_tokens((jnp.moveaxis(states, 0, 2), text), chunk)
-    pieces = (jnp.moveaxis(states_pieces, 3, 1), text_pieces)  # [pieces, E, B, s, D], and text [pieces, B, s]
+    state_pieces, target_pieces = split_tokens((jnp.moveaxis(states, 0, 2), targets), static.chunk)
+    pieces = (jnp.moveaxis(state_pieces, 3, 1), target_pieces)  # [pieces,E,B,s,D] and targets [pieces,B,s]
     head_sum = None
-    if with_gradient and head_learns:
+    if with_gradient and static.head_learns:
         head_sum = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
-    head_sum, (values, losses, of_states) = jax.lax.scan(chunk_losses, head_sum, pieces)
+    head_sum, (values, losses, states_gradient) = jax.lax.scan(chunk_losses, head_sum, pieces)
     result = jnp.sum(values), jnp.sum(losses, axis=0)
     if not with_gradient:
         return result, None
-    of_head = head_sum and jax.tree.map(lambda a, s: s.astype(a.dtype), head, head_sum)
-    return result, (of_head, jnp.moveaxis(of_states, 0, 2).reshape(states.shape))
+    head_gradient = head_sum and jax.tree.map(lambda a, s: s.astype(a.dtype), head, head_sum)
+    return result, (head_gradient, jnp.moveaxis(states_gradient, 0, 2).reshape(states.shape))
 
 
-def _one_exit(charged, with_gradient: bool, head_sum, exit_):
-    """Adds an active exit's gradient to head_sum (None: not wanted); gives (objective, CE, gradient of its states)."""
-    x, charges = exit_
+def _one_exit(loss_of, with_gradient: bool, head_sum, state_and_exit):
+    """Computes the loss of one exit in one chunk, unless the exit is inactive.
+
+    Returns head_sum plus the gradient of the head (None if not wanted), and (objective, CE, gradient of the states).
+    """
+    x, exit_ = state_and_exit
 
     def run(head_sum):
-        objective, cross_entropy, of_head, of_states = charged(x, charges)
+        objective, cross_entropy, head_gradient, states_gradient = loss_of(x, exit_)
         if head_sum is not None:
-            head_sum = jax.tree.map(jnp.add, head_sum, of_head)
-        return head_sum, (objective, cross_entropy, of_states.astype(x.dtype) if with_gradient else None)
+            head_sum = jax.tree.map(jnp.add, head_sum, head_gradient)
+        return head_sum, (objective, cross_entropy, states_gradient.astype(x.dtype) if with_gradient else None)
 
     def skip(head_sum):
         zero = jnp.float32(0.0)
         return head_sum, (zero, zero, jnp.zeros_like(x) if with_gradient else None)
 
-    if charges.active is None:
+    if exit_.active is None:
         return run(head_sum)
     with jax.named_scope(EXIT_BRANCH):
-        return jax.lax.cond(charges.active, run, skip, head_sum)
+        return jax.lax.cond(exit_.active, run, skip, head_sum)
 
 
-def split_tokens(arrays, chunk: int):
-    """A tree of [B, S, ...] -> [pieces, B, S/pieces, ...], each piece at most `chunk` tokens if it can be.
+def split_tokens(arrays: Any, chunk: int) -> Any:
+    """Cuts a tree of [B,S,...] arrays into pieces [pieces,B,S/pieces,...] of at most `chunk` tokens if possible.
 
-    Only the sequence axis is cut, into equal parts: a sharded batch axis stays where it is.
+    Only the sequence axis is cut, into equal parts, so a sharded batch axis stays where it is.
     """
     batch, length = jax.tree.leaves(arrays)[0].shape[:2]
     wanted = min(length, -(-batch * length // chunk))

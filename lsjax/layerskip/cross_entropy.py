@@ -1,6 +1,8 @@
-"""What one exit is charged for a chunk of tokens, and its gradient, from one pass over the logits.
+"""The loss of one exit on one chunk of tokens, and its gradient, from one pass over the logits.
 
-With e = exp(logits - max), Z = sum e and one exponential a logit, loss and gradient are written down together:
+chunked.py loops over chunks and exits and calls `exit_loss`; loss.py has the loss of a whole batch.
+
+With e = exp(logits - max), Z = sum e and one exponential per logit, loss and gradient are computed together:
     CE = log Z + max - logit(y)                          d CE / d logits = e / Z - [y]
     KL = sum q (log q - logits) + log Z + max            d KL / d logits = e / Z - q     (q: the teacher)
     z  = (log Z + max)^2                                 d z / d logits  = 2 (log Z + max) e / Z
@@ -11,22 +13,30 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lsjax.model.matmul import rounded, sum_over_rows
+from lsjax.model.matmul import product_factor, sum_over_rows
 from lsjax.model.transformer import Params, project_vocabulary
 
 
-class Text(NamedTuple):
-    """What the exits' states [E,B,S,D] are judged by: targets and weights [B,S], perhaps a teacher's states [B,S,D]."""
+class Targets(NamedTuple):
+    """The targets that the exits should predict: the next tokens, their weights, and optionally a teacher.
 
-    targets: jax.Array
+    tokens: int [B,S], the next token at each position.
+    weights: float [B,S], how much each position counts in the loss.
+    teacher: states [B,S,D] whose predicted distribution the exits learn from, or None.
+    """
+
+    tokens: jax.Array
     weights: jax.Array
     teacher: jax.Array | None = None
 
 
 class Exits(NamedTuple):
-    """How each exit is charged, data all of it, [E]: its weight in the objective; whether it is on ([]: all of them
-    together, None: all are); how much of its divergence from the teacher is added to its cross-entropy (None: there is
-    no teacher). Of a single exit: []."""
+    """How each of E exits enters the loss: arrays [E], or scalars for a single exit.
+
+    weight: the exit's weight in the objective.
+    active: bool, whether the exit is on; a scalar switches all of them together, None means all are on.
+    distillation: the factor of the divergence from the teacher, added to the cross-entropy; None without a teacher.
+    """
 
     weight: jax.Array
     active: jax.Array | None = None
@@ -34,77 +44,112 @@ class Exits(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """q, float32 [B,s,V], and sum q log q, [B,s]."""
+    """The teacher's distribution q, float32 [B,s,V], its negative entropy sum q log q, [B,s], and its summed CE."""
 
     probabilities: jax.Array
     negative_entropy: jax.Array
+    cross_entropy: jax.Array
 
 
-class Charge(NamedTuple):
-    """Sums over the tokens: what is minimised, and the cross-entropy in it. With gradients, float32: of the head
-    (None: it does not learn), of the states [B,s,D]."""
+class ExitLoss(NamedTuple):
+    """The loss of one exit, summed over tokens, and its gradients (float32; None unless they were asked for).
+
+    objective: what is minimised.
+    cross_entropy: the unweighted cross-entropy.
+    head_gradient: also None when the head does not learn.
+    states_gradient: [B,s,D].
+    """
 
     objective: jax.Array
     cross_entropy: jax.Array
-    of_head: Params | None = None
-    of_states: jax.Array | None = None
+    head_gradient: Params | None = None
+    states_gradient: jax.Array | None = None
 
 
-def read_teacher(head: Params, text: Text) -> Teacher | None:
-    if text.teacher is None:
+def read_teacher(head: Params, targets: Targets) -> Teacher | None:
+    """Computes the teacher's distribution once for all exits; None without a teacher."""
+    if targets.teacher is None:
         return None
-    log_probabilities = jax.nn.log_softmax(project_vocabulary(head, text.teacher))
+    log_probabilities = jax.nn.log_softmax(project_vocabulary(head, targets.teacher))
     probabilities = jnp.exp(log_probabilities)
-    return Teacher(probabilities, jnp.sum(probabilities * log_probabilities, axis=-1))
+    right = jnp.where(_hit(log_probabilities, targets), log_probabilities, 0.0)
+    cross_entropy = -jnp.sum(jnp.sum(right, axis=-1) * targets.weights)
+    return Teacher(probabilities, jnp.sum(probabilities * log_probabilities, axis=-1), cross_entropy)
 
 
-def charge(
+def _hit(logits: jax.Array, targets: Targets) -> jax.Array:
+    """Returns where the targets are among logits [B,s,V]: a mask, since a gather is not local in a split vocabulary."""
+    return jnp.arange(logits.shape[-1]) == targets.tokens[..., None]
+
+
+def exit_loss(
     head: Params,
     x: jax.Array,
     exit_: Exits,
-    text: Text,
+    targets: Targets,
     teacher: Teacher | None,
     z_loss: float,
     with_gradient: bool,
     head_learns: bool,
-) -> Charge:
-    """weight (CE + distillation KL + z_loss z) of normed states x [B,s,D], over text.weights [B,s]."""
+    learns_text: bool = True,
+) -> ExitLoss:
+    """Computes weight (CE + distillation KL + z_loss z) of normed states x [B,s,D], over targets.weights [B,s].
+
+    head: the matrix of the vocabulary projection, {lm_head [D,V]} or {embed [V,D]}.
+    exit_: scalars, see Exits.
+    head_learns: whether to compute the gradient of the head as well.
+    learns_text: whether the objective holds the cross-entropy; without it, only the teacher is learned from.
+    """
     weight, distillation = exit_.weight, None if teacher is None else exit_.distillation
     logits = project_vocabulary(head, x)
     largest = jnp.max(logits, axis=-1)
     raised = jnp.exp(logits - largest[..., None])
     normalizer = jnp.sum(raised, axis=-1)
     log_normalizer = jnp.log(normalizer) + largest
-    # A masked sum, not a gather: it stays local when the vocabulary is sharded.
-    hit = jnp.arange(logits.shape[-1]) == text.targets[..., None]
+    hit = _hit(logits, targets)
     each = log_normalizer - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-    cross_entropy = jnp.sum(each * text.weights)
-    if distillation is not None:
+    cross_entropy = jnp.sum(each * targets.weights)
+    if not learns_text:
+        each = jnp.zeros_like(each)
+    if teacher is not None and distillation is not None:
         agreement = jnp.sum(teacher.probabilities * logits, axis=-1)
         each += distillation * (teacher.negative_entropy - agreement + log_normalizer)
     if z_loss:
         each += z_loss * jnp.square(log_normalizer)
-    objective = weight * jnp.sum(each * text.weights)
+    objective = weight * jnp.sum(each * targets.weights)
     if not with_gradient:
-        return Charge(objective, cross_entropy)
-
-    # d / d logits times Z / weight. What differs from token to token only is multiplied to the narrow sides of the two
-    # products, D wide: another pass over the vocabulary costs XLA:CPU a fifth of them.
+        return ExitLoss(objective, cross_entropy)
+    # d objective / d logits times Z / weight; `_gradients` multiplies by the rest.
     pull = raised
     if distillation is not None or z_loss:
-        pull = (
-            raised * (1.0 + (0.0 if distillation is None else distillation) + 2.0 * z_loss * log_normalizer)[..., None]
-        )
-    if distillation is not None:
+        share = learns_text + (0.0 if distillation is None else distillation)
+        pull = raised * (share + 2.0 * z_loss * log_normalizer)[..., None]
+    if teacher is not None and distillation is not None:
         pull -= distillation * normalizer[..., None] * teacher.probabilities
-    pull = rounded(jnp.where(hit, pull - normalizer[..., None], pull).astype(x.dtype))
-    scale = (weight * text.weights / normalizer)[..., None]
+    if learns_text:
+        pull = jnp.where(hit, pull - normalizer[..., None], pull)
+    pull = product_factor(pull.astype(x.dtype))
+    scale = (weight * targets.weights / normalizer)[..., None]
+    head_gradient, states_gradient = _gradients(head, x, pull, scale, head_learns)
+    return ExitLoss(objective, cross_entropy, head_gradient, states_gradient)
+
+
+def _gradients(
+    head: Params, x: jax.Array, pull: jax.Array, scale: jax.Array, head_learns: bool
+) -> tuple[Params | None, jax.Array]:
+    """Returns the gradients of the head (None unless it learns) and of the states x [B,s,D], in float32.
+
+    pull [B,s,V] times scale [B,s,1] is d objective / d logits. `scale` is multiplied into the narrow (D wide) sides of
+    the two products, because one more pass over the vocabulary costs XLA:CPU a fifth of them.
+    """
     ((name, matrix),) = head.items()
     axes = "dv" if name == "lm_head" else "vd"
-    of_states = scale * jnp.einsum(f"bsv,{axes}->bsd", pull, rounded(matrix), preferred_element_type=jnp.float32)
+    states_gradient = scale * jnp.einsum(
+        f"bsv,{axes}->bsd", pull, product_factor(matrix), preferred_element_type=jnp.float32
+    )
     if not head_learns:
-        return Charge(objective, cross_entropy, None, of_states)
+        return None, states_gradient
     scaled = (scale * x).astype(x.dtype)
-    factors = (scaled, pull) if name == "lm_head" else (pull, scaled)
-    of_head = sum_over_rows(*factors, 2, jnp.float32)
-    return Charge(objective, cross_entropy, {name: of_head}, of_states)
+    if name == "lm_head":
+        return {name: sum_over_rows(scaled, pull, 2, jnp.float32)}, states_gradient
+    return {name: sum_over_rows(pull, scaled, 2, jnp.float32)}, states_gradient

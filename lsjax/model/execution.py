@@ -1,24 +1,29 @@
-"""How a step runs on a platform: number type, attention, compiler options. The mathematics stays the same."""
+"""How a training step runs on a platform: number type, attention, compiler options. The mathematics is the same."""
 
 import functools
+import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lsjax.config import Config
-from lsjax.model.flash import Attention, choose_attention
+from lsjax.model.flash import AttentionChoice, choose_attention
 
-CPU_INFO = Path("/proc/cpuinfo")  # of Linux
+CPU_INFO = Path("/proc/cpuinfo")  # Linux only
 
 
 class Execution(NamedTuple):
-    """`compute_dtype`: of parameters and states; `rounds_products`: whether products with weights are of bfloat16 all
-    the same (lsjax/model/matmul.py, `rounding_products`)."""
+    """The number type and the attention of a step.
+
+    compute_dtype: the dtype of parameters and states.
+    rounds_products: whether products with weights round their float32 factors to bfloat16 (`rounding_products` in
+        matmul.py).
+    """
 
     compute_dtype: jnp.dtype
-    attention: Attention
+    attention: AttentionChoice
     rounds_products: bool = False
 
     def __str__(self) -> str:
@@ -27,17 +32,23 @@ class Execution(NamedTuple):
         return f"{self.compute_dtype}{products}, {self.attention.name} attention{reason}"
 
 
-def choose_execution(config: Config, platform: str | None = None) -> Execution:
-    """For the platform ("cpu", "gpu", "tpu") that the step will run on; None is that of this process.
+def choose_execution(config: Config, target: Any = None) -> Execution:
+    """Chooses how to run the step of `config`.
 
-    "auto" is bfloat16, with float32 master weights, but on a CPU without instructions for it: there it is float32. On a
-    CPU bfloat16 means the factors of products with weights; states, which XLA:CPU would turn into float32 for every
-    operation, stay float32.
+    target: the jax.Device that will run it, or a platform, "cpu", "gpu" (one with bfloat16) or "tpu". None means the
+        first device of this process.
+
+    The compute dtype "auto" is bfloat16 with float32 master weights, except on a CPU without bfloat16 instructions and
+    on GPUs before A100, where it is float32. On a CPU, bfloat16 applies to the factors of products with weights only:
+    states stay float32, since XLA:CPU would convert them to float32 for every operation.
     """
-    platform = platform or jax.default_backend()
+    device = jax.devices()[0] if target is None else target
+    platform = device if isinstance(device, str) else device.platform
     name = config.training.compute_dtype
-    if name == "auto":
-        name = "float32" if platform == "cpu" and not cpu_multiplies_bfloat16() else "bfloat16"
+    if name == "auto" and platform == "cpu":
+        name = "bfloat16" if cpu_multiplies_bfloat16() else "float32"
+    elif name == "auto":
+        name = accelerator_dtype(device).name
     dtype = jnp.dtype("float32" if platform == "cpu" else name)
     attention = choose_attention(
         config.training.attention, platform, dtype, config.model.head_width, config.training.sequence_length
@@ -45,17 +56,41 @@ def choose_execution(config: Config, platform: str | None = None) -> Execution:
     return Execution(dtype, attention, rounds_products=name != dtype)
 
 
+def accelerator_dtype(device: Any) -> jnp.dtype:
+    """Returns the default dtype on a GPU or TPU: bfloat16, or float32 on an NVIDIA GPU without bfloat16 units.
+
+    device: a jax.Device, or the name of a platform, which stands for its devices with bfloat16.
+
+    Logs one line for such a GPU: one of compute capability below 8.0, such as a T4. The device itself is asked, since
+    libraries also say yes where bfloat16 is emulated.
+    """
+    capability = str(getattr(device, "compute_capability", ""))  # such as "7.5"; AMD's are like "gfx942"
+    major, dot, _ = capability.partition(".")
+    if not (dot and major.isdecimal() and int(major) < 8):
+        return jnp.dtype("bfloat16")
+    _say_once(
+        f"{device.device_kind} (compute capability {capability}, below 8.0) has no bfloat16: computing "
+        "in float32, without Pallas kernels"
+    )
+    return jnp.dtype("float32")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.warning(message)
+
+
 @functools.cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this machine's x86 processor has AVX-512's products of bfloat16, twice as fast as float32's."""
+    """Returns whether this machine's x86 processor has AVX-512's bfloat16 products (twice as fast as float32)."""
     try:
         flags = CPU_INFO.read_text()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return False
     return "avx512_bf16" in flags
 
 
-# What the compiler is told beyond its defaults, by platform: docs/accelerators.md says why, one by one.
+# XLA options per platform, beyond the compiler's defaults. docs/accelerators.md gives the reason for each.
 COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {
     "cpu": {},
     "gpu": {

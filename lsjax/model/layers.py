@@ -1,8 +1,11 @@
-"""The leaf modules of a Llama, in functional Flax: used only through `init` and `apply`.
+"""The modules of a Llama layer in functional Flax: RMSNorm, Attention, SwiGLU, DecoderLayer.
 
-Projections that read the same input are one weight: q, k and v lie together per KV head (so that a tensor mesh
-axis splits them without communication), and the two SwiGLU inputs lie together. Fewer, larger matmuls are
-faster everywhere, most of all when decoding one token.
+They are used only through `init` and `apply`. Projections that read the same input share one weight, because fewer,
+larger matmuls are faster everywhere, most of all when decoding one token: q, k and v lie together per KV head (so that
+a tensor mesh axis splits them without communication), and so do the gate and up projections of SwiGLU.
+
+The module `Attention` owns the weights; how queries and keys mix is the `attend` argument (attention.py and flash.py
+in training, the KV cache in decoding).
 """
 
 from collections.abc import Callable
@@ -12,19 +15,20 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
+from lsjax.model.lora import LoraWeight
 from lsjax.model.matmul import LaidOut, matmul
 from lsjax.model.rematerialize import keep
 from lsjax.model.rope import rotate
 
 # attend(q [B,S,K,G,H], k [B,S,K,H], v [B,S,K,H]) -> (mixed [B,S,K,G,H], state), G = N/K query heads per KV head.
-# `state` is whatever the caller wants back, such as the layer's updated KV cache; None in training.
+# `state` passes through to the caller, such as the layer's updated KV cache; None in training.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, object]]
 
 _INIT_STDDEV = 0.02
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, computed in float32."""
+    """Root-mean-square norm: x / rms(x) * scale over the last axis, computed in float32."""
 
     epsilon: float
 
@@ -37,18 +41,18 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; `attend` decides what the queries see (a causal block, or a KV cache)."""
+    """Grouped-query attention. The caller's `attend` decides what the queries see: a causal block or a KV cache."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], attend: Attend):
+    def __call__(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, object]:
         c = self.config
         group = c.num_heads // c.num_kv_heads
         init = nn.initializers.normal(_INIT_STDDEV)
         kernel = _weight(self, "qkv", init, (c.width, c.num_kv_heads, group + 2, c.head_width))
         qkv = keep(matmul(x, kernel), "qkv")
-        # `split`, whose gradient is one concatenation: that of slices is a sum of padded arrays.
+        # The gradient of `split` is one concatenation; that of slices would be a sum of padded arrays.
         q, k, v = jax.lax.split(qkv, (group, 1, 1), axis=3)
         k, v = k[..., 0, :], v[..., 0, :]
         mixed, state = attend(rotate(q, cos_sin), rotate(k, cos_sin), v)
@@ -58,7 +62,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """The gated feed-forward block: down(silu(gate(x)) * up(x))."""
 
     config: ModelConfig
 
@@ -67,7 +71,7 @@ class SwiGLU(nn.Module):
         c = self.config
         init = nn.initializers.normal(_INIT_STDDEV)
         kernel = _weight(self, "gate_up", init, (c.width, 2, c.feed_forward_width))
-        # Kept apart: kept together, XLA:TPU copies both into another layout in the backward pass.
+        # Marked one by one: kept as one array, XLA:TPU copies both into another layout in the backward pass.
         halves = jax.lax.split(matmul(x, kernel), (1, 1), axis=2)
         gate, up = (keep(half[..., 0, :], "gate_up") for half in halves)
         down = _weight(self, "down", _residual_init(c), (c.feed_forward_width, c.width))
@@ -75,13 +79,13 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """f_l of Eq. 1: what a layer adds to its input, attention and feed-forward together."""
+    """One layer's update f_l of Eq. 1: what attention and feed-forward together add to the layer's input."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], attend: Attend):
-        """x [B,S,D] -> (f_l(x) [B,S,D], state of `attend`). The next hidden state is x + f_l(x)."""
+    def __call__(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, object]:
+        """Returns f_l(x) [B,S,D] for x [B,S,D], and the state of `attend`. The next hidden state is x + f_l(x)."""
         c = self.config
         normed = RMSNorm(c.rms_norm_epsilon, name="attention_norm")(x)
         attended, state = Attention(c, name="attention")(normed, cos_sin, attend)
@@ -90,12 +94,12 @@ class DecoderLayer(nn.Module):
 
 
 def _weight(module: nn.Module, name: str, init, shape: tuple[int, ...]):
-    """The module's parameter; where decoding has laid it out or rounded it, as it is."""
-    if module.has_variable("params", name) and isinstance(module.get_variable("params", name), LaidOut):
+    """Returns the module's parameter. Weights that decoding laid out or quantised, or with LoRA, are unchanged."""
+    if module.has_variable("params", name) and isinstance(module.get_variable("params", name), LaidOut | LoraWeight):
         return module.get_variable("params", name)
     return module.param(name, init, shape)
 
 
 def _residual_init(config: ModelConfig):
-    """Projections back into the residual stream start smaller the deeper the model (GPT-2, section 2.3)."""
+    """Initialises projections into the residual stream, smaller in deeper models (GPT-2, section 2.3)."""
     return nn.initializers.normal(_INIT_STDDEV / (2 * config.num_layers) ** 0.5)

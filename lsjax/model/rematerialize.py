@@ -1,15 +1,16 @@
-"""What the backward pass computes again instead of keeping it: memory against time, by name."""
+"""Rematerialisation policies: what the backward pass recomputes instead of keeping, to trade time for memory."""
 
 from collections.abc import Callable
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-# The large results of a layer, as its modules mark them with `keep`.
+# The large results of a layer, which its modules mark with `keep`.
 _MATMULS = ("qkv", "attention", "attention_output", "gate_up")
 
-# What is recomputed -> the marked results that are kept. Elements a token and layer, its input among them, when N = K:
-# none keeps everything; elementwise 6 D + 2 F (norms, rotary, SiLU again); feed_forward 6 D; layer D.
+# Policy -> the marked results that it keeps. Elements kept per token and layer, the layer's input included, when N = K:
+# "none" keeps everything; "elementwise" 6 D + 2 F (norms, rotary and SiLU are recomputed); "feed_forward" 6 D;
+# "layer" D.
 KEPT = {
     "none": None,
     "elementwise": _MATMULS,
@@ -19,15 +20,15 @@ KEPT = {
 
 
 def keep(x: jax.Array, name: str) -> jax.Array:
-    """Marks a result that a policy may keep."""
+    """Marks a result as one that a policy may keep."""
     return checkpoint_name(x, name)
 
 
 def rematerialized(layer: Callable, recomputed: str) -> Callable:
-    """The layer function with its backward pass recomputing `recomputed`, a key of KEPT."""
+    """Returns the layer function with the policy `recomputed` (a key of KEPT) applied to its backward pass."""
     kept = KEPT[recomputed]
     if kept is None:
         return layer
     policy = jax.checkpoint_policies.save_only_these_names(*kept)
-    # In a scan nothing can be merged with the forward pass anyway; the barriers would only cost.
+    # prevent_cse adds barriers, which only cost time here: in a scan XLA cannot merge the two passes anyway.
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -1,16 +1,19 @@
-"""A profiler's trace of a few steps of a run."""
+"""A profiler trace of a few training steps."""
 
 from pathlib import Path
 from typing import Any
 
 import jax
 
-_WARM_UP = 2  # steps left out: the first compiles, the second fills the queue
+_WARM_UP = 2  # untraced first steps: one compiles, the next fills the queue
 
 
 class StepTrace:
-    """Traces `steps` steps after the first two of this process into `folder` (0: none, and costs nothing). The trace
-    opens in TensorBoard's profile plugin and, its .trace.json.gz, in ui.perfetto.dev."""
+    """Traces `steps` steps of this process, after its first two, into `folder`.
+
+    With 0 steps it does nothing. The trace opens in TensorBoard's profile plugin, and its .trace.json.gz in
+    ui.perfetto.dev.
+    """
 
     def __init__(self, folder: Path, first_step: int, steps: int):
         self.folder, self._steps = folder, steps
@@ -18,14 +21,17 @@ class StepTrace:
         self._tracing = False
 
     def begin_step(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """To be entered around the step."""
+        """Starts the trace when it is due. Returns a context to run the step in."""
         if self._steps and step == self._begin:
             jax.profiler.start_trace(self.folder)
             self._tracing = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def end_step(self, step: int, results: Any) -> bool:
-        """Returns whether the trace ended with this step; it then waits for `results`, so that it holds their work."""
+        """Ends the trace when it is due, and returns whether it did.
+
+        results: arrays of the step. The trace ends only when they are computed, so it includes their work.
+        """
         if not self._tracing or step < self._begin + self._steps - 1:
             return False
         jax.block_until_ready(results)
@@ -33,6 +39,7 @@ class StepTrace:
         return True
 
     def close(self) -> None:
+        """Writes the trace if one is running."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()

@@ -1,9 +1,11 @@
-"""The plain-JAX KV cache of one layer: static shape, head-major, a length per row kept by the caller.
+"""The plain-JAX KV cache of one layer, which every kernel must match.
 
-Rolling back is moving that length: entries at or past it have no weight, whatever finite numbers they hold, and are
-overwritten by the next write. A cache holds finite values always, since 0 * NaN would leak out of an entry without
-weight: `write` sees to it, at the cost of the new tokens, where masking the values in `attend` makes XLA:GPU and
-XLA:CPU copy all of them for every block of queries.
+Its shape is static: [B, K, C, H] for keys and for values. The caller keeps the length of each sequence, so dropping
+rejected tokens means lowering that length. Entries at or past it get no weight, and the next write overwrites them.
+
+The cache must hold finite numbers everywhere: an entry without weight still enters the sum as 0 * value, and 0 * NaN
+is NaN. `write` ensures it by storing non-finite values as 0, which costs as little as the new tokens. Masking the
+values in `attend` instead makes XLA:GPU and XLA:CPU copy the whole cache for every block of queries.
 """
 
 from typing import NamedTuple
@@ -19,85 +21,98 @@ _MASKED = -1e30
 
 
 class LayerCache(NamedTuple):
-    """Keys (rotated) and values of one layer, each [B, K, C, H]; in int8 with scales [B, K, C]."""
+    """Keys (after RoPE) and values of one layer, each [B, K, C, H]; with scales [B, K, C] when the cache is int8."""
 
     k: jax.Array | Int8
     v: jax.Array | Int8
 
 
-class Use(NamedTuple):
-    """What a decoding loop asks of a layer's cache: B rows, K heads of width H, room for C entries of which so many are
-    full on average, the most tokens of a pass, the number type of the cache, how many devices hold it, how many query
-    heads a KV head has, and in how many parts its KV heads are split over the devices."""
+class CacheUse(NamedTuple):
+    """The sizes of one layer's cache and of the passes over it, by which kernels are chosen.
 
-    rows: int
+    batch_size, num_kv_heads, head_width, capacity: B, K, H and C. mean_length: filled entries per sequence, on average.
+    tokens: the most tokens per sequence in one pass. dtype: number type of the cache. group: query heads per KV head.
+    devices: devices that hold the cache. shards: parts that its KV heads are split into over these devices.
+    """
+
+    batch_size: int
     num_kv_heads: int
     head_width: int
     capacity: int
     mean_length: int
     tokens: int
-    dtype: jnp.dtype
+    dtype: jax.typing.DTypeLike
     devices: int = 1
     group: int = 1
-    parts: int = 1
+    shards: int = 1
 
-    def bytes_of(self, entries: int) -> int:
-        """Keys and values of so many entries of every row, their scales included."""
-        numbers = 2 * self.rows * self.num_kv_heads * entries * self.head_width
-        return numbers * jnp.dtype(self.dtype).itemsize + self.scale_bytes_of(entries)
+    def cache_bytes(self, entries: int) -> int:
+        """Returns the bytes of keys and values of `entries` entries of every sequence, scales included."""
+        numbers = 2 * self.batch_size * self.num_kv_heads * entries * self.head_width
+        return numbers * jnp.dtype(self.dtype).itemsize + self.scale_bytes(entries)
 
-    def scale_bytes_of(self, entries: int) -> int:
-        return 2 * self.rows * self.num_kv_heads * entries * SCALE_BYTES if is_int8(self.dtype) else 0
+    def scale_bytes(self, entries: int) -> int:
+        """Returns the bytes of the scales of `entries` entries of every sequence; 0 unless the cache is int8."""
+        return 2 * self.batch_size * self.num_kv_heads * entries * SCALE_BYTES if is_int8(self.dtype) else 0
 
 
-def entries_read(use: Use) -> int:
-    """Of every row, by a pass: `attend` reads the whole capacity."""
+def entries_read(use: CacheUse) -> int:
+    """Returns how many entries of each sequence one pass reads: the whole capacity."""
     return use.capacity
 
 
-def bytes_moved(use: Use) -> tuple[int, int]:
-    """Of one layer's cache: (by writing, by attending)."""
-    return use.bytes_of(use.tokens), use.bytes_of(entries_read(use))
+def bytes_moved(use: CacheUse) -> tuple[int, int]:
+    """Returns (bytes written, bytes read) in one layer's cache by one pass."""
+    return use.cache_bytes(use.tokens), use.cache_bytes(entries_read(use))
 
 
-def init_layer_cache(batch: int, num_kv_heads: int, capacity: int, head_width: int, dtype) -> LayerCache:
-    shape = (batch, num_kv_heads, capacity, head_width)
+def init_layer_cache(
+    batch_size: int, num_kv_heads: int, capacity: int, head_width: int, dtype: jax.typing.DTypeLike
+) -> LayerCache:
+    """Returns an empty cache of one layer, for B sequences of at most C entries."""
+    shape = (batch_size, num_kv_heads, capacity, head_width)
     return LayerCache(_zeros(shape, dtype), _zeros(shape, dtype))
 
 
-def _zeros(shape: tuple[int, ...], dtype) -> jax.Array | Int8:
+def _zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array | Int8:
     values = jnp.zeros(shape, dtype)
     return Int8(values, jnp.zeros(shape[:-1], jnp.float32)) if is_int8(dtype) else values
 
 
 def fill(cache: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
-    """Puts k, v [B, T, K, H] at the entries 0 .. T - 1 of every row: whole prompts, into a new cache."""
+    """Writes k, v [B, T, K, H] to entries 0 .. T - 1 of every sequence: whole prompts, into a new cache."""
     return write(cache, k, v, jnp.zeros(k.shape[0], jnp.int32))
 
 
 def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> LayerCache:
-    """Puts k, v [B, T, K, H] at positions[b] .. positions[b] + T - 1 of row b; a value that is not finite, as 0."""
-    k, v = (as_held(new.swapaxes(1, 2), old) for new, old in ((k, cache.k), (finite(v), cache.v)))
-    return jax.tree.map(lambda old, new: write_rows(old, new, positions), cache, LayerCache(k, v))
+    """Writes k, v [B, T, K, H] to entries positions[b] .. positions[b] + T - 1 of sequence b.
+
+    A value that is not finite is stored as 0.
+    """
+    v = finite(v)
+    new = LayerCache(in_cache_dtype(k.swapaxes(1, 2), cache.k), in_cache_dtype(v.swapaxes(1, 2), cache.v))
+    return jax.tree.map(lambda old, new: write_entries(old, new, positions), cache, new)
 
 
-def as_held(new: jax.Array, side: jax.Array | Int8) -> jax.Array | Int8:
-    """New entries [..., H] as the keys, or the values, of a cache are held."""
+def in_cache_dtype(new: jax.Array, side: jax.Array | Int8) -> jax.Array | Int8:
+    """Converts new entries [..., H] to the number type of `side`, the keys or the values of a cache."""
     return quantize(new) if isinstance(side, Int8) else new.astype(side.dtype)
 
 
-def rounded(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """k, v [..., H] as they are found in a cache in int8."""
-    return tuple(dequantize(quantize(new), new.dtype) for new in (k, finite(v)))
+def int8_round_trip(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns k, v [..., H] as an int8 cache gives them back."""
+    v = finite(v)
+    return dequantize(quantize(k), k.dtype), dequantize(quantize(v), v.dtype)
 
 
 def finite(values: jax.Array) -> jax.Array:
+    """Returns the values with 0 in place of NaN and infinities."""
     return jnp.where(jnp.isfinite(values), values, 0)
 
 
-def write_rows(old: jax.Array, new: jax.Array, positions: jax.Array, axis: int = 2) -> jax.Array:
-    """old [B, K, C, ...] with new [B, K, T, ...] at positions[b] of row b; entries lie along `axis`."""
-    # One slice update a row: in place on every backend, where XLA:CPU runs a batched scatter element by element.
+def write_entries(old: jax.Array, new: jax.Array, positions: jax.Array, axis: int = 2) -> jax.Array:
+    """Writes new [B, K, T, ...] into old [B, K, C, ...], at positions[b] of sequence b along `axis`."""
+    # One slice update per sequence works in place on every backend; XLA:CPU runs a batched scatter element by element.
     for row in range(old.shape[0]):
         start = [row, *[0] * (old.ndim - 1)]
         start[axis] = positions[row]
@@ -105,17 +120,17 @@ def write_rows(old: jax.Array, new: jax.Array, positions: jax.Array, axis: int =
     return old
 
 
-def apart(cache: LayerCache) -> LayerCache:
-    """Keys and values apart, as plain JAX holds them."""
+def as_plain(cache: LayerCache) -> LayerCache:
+    """Returns the cache itself, which is in plain JAX's layout already."""
     return cache
 
 
 def attend(q: jax.Array, cache: LayerCache, positions: jax.Array) -> jax.Array:
-    """Softmax attention of T queries a row: query t of row b sees cache entries 0 .. positions[b] + t.
+    """Computes softmax attention of T queries per sequence: query t of sequence b sees entries 0 .. positions[b] + t.
 
-    q [B, T, K, G, H] (G query heads per KV head), positions [B] -> [B, T, K, G, H]. Scores are float32.
+    q [B, T, K, G, H] (G query heads per KV head), positions [B] -> [B, T, K, G, H]. Scores are computed in float32.
     """
-    (k, k_scale), (v, v_scale) = (_factors(side, q.dtype) for side in cache)
+    (k, k_scale), (v, v_scale) = (_operand_and_scale(side, q.dtype) for side in cache)
     queries, width = q.shape[1], q.shape[-1]
     last_seen = positions[:, None] + jnp.arange(queries)
     entries = jnp.arange(k.shape[2])
@@ -127,9 +142,9 @@ def attend(q: jax.Array, cache: LayerCache, positions: jax.Array) -> jax.Array:
     return mixed.transpose(0, 3, 1, 2, 4).astype(q.dtype)
 
 
-def _factors(side: jax.Array | Int8, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | float]:
-    """(what to multiply with [B, K, C, H], what of the product makes it right [B, K, 1, 1, C])."""
+def _operand_and_scale(side: jax.Array | Int8, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | float]:
+    """Returns (operand of the matmul [B, K, C, H], factor for each entry's score or weight [B, K, 1, 1, C])."""
     if not isinstance(side, Int8):
         return side, 1.0
-    # XLA:TPU and XLA:GPU convert on the way into the product; XLA:CPU writes the numbers out in float32 first.
+    # XLA:TPU and XLA:GPU convert on the way into the product. XLA:CPU writes the numbers out in float32 first.
     return side.values.astype(dtype), side.scale[:, :, None, None]

@@ -1,4 +1,4 @@
-"""From text to batches: nothing lost, nothing shared between the splits, the same on any number of hosts."""
+"""Checks the way from text to batches: nothing lost, disjoint splits, the same batches on any number of hosts."""
 
 import dataclasses
 import json
@@ -8,32 +8,48 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
 from lsjax.config import DataConfig
-from lsjax.data.corpus import load_corpus
-from lsjax.data.packing import pack, prepare, read_manifest
+from lsjax.data.corpus import list_corpus
+from lsjax.data.documents import digest_of, is_held_out
+from lsjax.data.examples import all_learned
+from lsjax.data.packed import read_manifest
+from lsjax.data.packers import Packer
 from lsjax.data.pipeline import held_out_batches, training_batches, unpack
-from lsjax.data.tokenizer import load_tokenizer, train_tokenizer
+from lsjax.data.prepare import prepare
+from lsjax.data.tokenizer import train_tokenizer
+from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.errors import UserError
+from tests.helpers.corpora import read_texts
 
 
 def test_the_embedded_corpus_is_the_standard_library():
-    corpus = load_corpus(DataConfig())
-    found = corpus.fingerprint()
-    assert 300 < found["documents"] < 900
-    assert 6e6 < found["bytes"] < 12e6
-    assert found == load_corpus(DataConfig()).fingerprint()
-    names = {d.name for d in corpus.train} | {d.name for d in corpus.held_out}
-    assert "argparse.py" in names
-    assert not any("site-packages" in name or name.startswith(("test/", "idlelib/")) for name in names)
-    assert not {d.name for d in corpus.train} & {d.name for d in corpus.held_out}
+    found, _ = read_texts(DataConfig())
+    assert 300 < len(found) < 900
+    assert 6e6 < sum(len(text.encode()) for text in found.values()) < 12e6
+    assert list_corpus(DataConfig()).identity() == list_corpus(DataConfig()).identity()
+    assert "argparse.py" in found
+    assert not any("site-packages" in name or name.startswith(("test/", "idlelib/")) for name in found)
 
 
-def test_folder_and_jsonl_give_the_same_documents(text_folder, tmp_path):
-    folder = load_corpus(DataConfig(corpus=str(text_folder), held_out_fraction=0.5))
-    texts = sorted(d.text for d in folder.train + folder.held_out)
+def test_folder_and_jsonl_give_the_same_documents(text_folder, tiny_run, tmp_path):
+    texts = sorted(read_texts(DataConfig(corpus=str(text_folder)))[0].values())
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
-    rows = load_corpus(DataConfig(corpus=str(path), text_key="body", held_out_fraction=0.5))
-    assert sorted(d.text for d in rows.train + rows.held_out) == texts
+    assert sorted(read_texts(DataConfig(corpus=str(path), text_key="body"))[0].values()) == texts
+    rows = dataclasses.replace(
+        tiny_run, data=dataclasses.replace(tiny_run.data, corpus=str(path), text_key="body", held_out_fraction=0.2)
+    )
+    manifests = [prepare(config, tmp_path / name, lambda _: None)[1] for name, config in (("a", tiny_run), ("b", rows))]
+    assert manifests[0]["corpus"] == manifests[1]["corpus"]
+    counts = [[m["splits"][split]["documents"] for split in ("train", "held_out")] for m in manifests]
+    assert counts[0] == counts[1]
+    assert all(counts[0])
+
+
+def test_a_text_is_held_out_by_its_content():
+    texts = [f"text {index}" for index in range(2000)]
+    held_out = {text for text in texts if is_held_out(digest_of(text.encode()), 0.1)}
+    assert 150 < len(held_out) < 250
+    assert held_out < {text for text in texts if is_held_out(digest_of(text.encode()), 0.2)}
 
 
 @pytest.mark.parametrize(
@@ -47,12 +63,14 @@ def test_folder_and_jsonl_give_the_same_documents(text_folder, tmp_path):
         ('{"text": "only one"}\n', "too few to split"),
     ],
 )
-def test_a_bad_corpus_is_named(tmp_path, content, message):
+def test_a_bad_corpus_is_named_and_leaves_nothing_behind(tiny_run, tmp_path, content, message):
     path = tmp_path / "corpus.jsonl"
     if content is not None:
         path.write_text(content)
+    config = dataclasses.replace(tiny_run, data=DataConfig(corpus=str(path)))
     with pytest.raises(UserError, match=message):
-        load_corpus(DataConfig(corpus=str(path)))
+        prepare(config, tmp_path / "data", lambda _: None)
+    assert set(tmp_path.iterdir()) <= {path}
 
 
 def test_binary_and_hidden_files_are_left_out(tmp_path):
@@ -60,8 +78,7 @@ def test_binary_and_hidden_files_are_left_out(tmp_path):
     (tmp_path / ".hidden").write_text("secret")
     for index in range(8):
         (tmp_path / f"{index}.txt").write_text(f"text {index}")
-    corpus = load_corpus(DataConfig(corpus=str(tmp_path), held_out_fraction=0.4))
-    assert sorted(d.name for d in corpus.train + corpus.held_out) == [f"{i}.txt" for i in range(8)]
+    assert list(read_texts(DataConfig(corpus=str(tmp_path)))[0]) == [f"{i}.txt" for i in range(8)]
 
 
 def test_the_tokenizer_round_trips_any_text_and_reloads(text_folder, tmp_path):
@@ -83,14 +100,26 @@ def test_the_tokenizer_round_trips_any_text_and_reloads(text_folder, tmp_path):
     assert tokenizer.stop[0] not in tokenizer.encode("a <|end_of_text|> b")
 
 
-def test_packing_loses_nothing_but_the_tail():
-    documents = [list(range(start, start + size)) for start, size in ((0, 7), (100, 3), (200, 25), (300, 2))]
-    windows = list(pack(documents, 8))
+@pytest.mark.parametrize("last", [2, 3, 4])
+def test_packing_loses_nothing_and_pads_the_tail(last):
+    documents = [list(range(start, start + size)) for start, size in ((0, 7), (100, 3), (200, 25), (300, last))]
+    packer = Packer(8)
+    windows = [window for document in documents for window in packer.add(all_learned(document))] + list(packer.finish())
     flat = [token for document in documents for token in document]
-    assert len(windows) == (len(flat) - 1) // 8
+    assert len(windows) == packer.sequences == -(-(len(flat) - 1) // 8)
+    assert packer.padding == 8 * len(windows) - (len(flat) - 1)
     for index, (tokens, owners) in enumerate(windows):
-        assert tokens.tolist() == flat[8 * index : 8 * index + 9]
-        assert owners.tolist() == [token // 100 for token in tokens]
+        want = flat[8 * index : 8 * index + 9]
+        assert tokens.tolist() == want + [0] * (9 - len(want))
+        assert owners.tolist() == [token // 100 for token in want] + [-1] * (9 - len(want))
+
+
+def test_padding_is_never_learned():
+    tokens = np.array([10, 11, 12, 0, 0, 0], np.int32)
+    batch = unpack(np.stack([tokens, np.array([4, 4, 5, -1, -1, -1], np.int32)]).tobytes(), 5)
+    assert batch.weights.tolist() == [1, 0, 0, 0, 0]
+    assert batch.positions.tolist() == [0, 1, 0, 0, 1]
+    assert batch.segment_ids.tolist() == [0, 0, 1, 2, 2]
 
 
 def test_unpacked_documents_start_anew_and_never_predict_each_other():
@@ -117,7 +146,7 @@ def rows(batches, count):
 
 def test_batches_are_the_same_on_any_number_of_hosts_and_from_any_start(packed):
     whole = rows(training_batches(packed, 8, 32, seed=3), 12)
-    # Rows that a host's devices hold need not lie together.
+    # The rows that a host's devices hold need not be adjacent.
     for shares in ([[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]], [[0, 1, 6], [2, 3, 4, 5, 7]]):
         parts = [training_batches(packed, 8, 32, seed=3, rows=share) for share in shares]
         for step in range(12):
@@ -130,7 +159,7 @@ def test_batches_are_the_same_on_any_number_of_hosts_and_from_any_start(packed):
 
 
 def test_an_epoch_reads_every_sequence_once(packed):
-    reader = ArrayRecordReader(str(packed / "train.arrayrecord"))
+    reader = ArrayRecordReader(str(packed / "train-000000-0000.arrayrecord"))
     stored = [np.frombuffer(record, np.int32).reshape(2, 33)[0, :-1].tobytes() for record in reader.read_all()]
     assert len(stored) == read_manifest(packed)["splits"]["train"]["sequences"]
     seen = np.concatenate(rows(training_batches(packed, 1, 32, seed=0), len(stored)))
@@ -146,9 +175,9 @@ def test_held_out_batches_are_whole_and_fixed(packed):
 
 
 def test_packed_data_is_reused_only_for_the_same_request(packed, tiny_run):
-    before = (packed / "train.arrayrecord").stat().st_mtime_ns
+    before = (packed / "train-000000-0000.arrayrecord").stat().st_mtime_ns
     prepare(tiny_run, packed, lambda _: None)
-    assert (packed / "train.arrayrecord").stat().st_mtime_ns == before
+    assert (packed / "train-000000-0000.arrayrecord").stat().st_mtime_ns == before
     longer = dataclasses.replace(tiny_run, training=dataclasses.replace(tiny_run.training, sequence_length=64))
     with pytest.raises(UserError, match="holds data packed for"):
         prepare(longer, packed, lambda _: None)

@@ -1,12 +1,13 @@
-"""Greedy decoding in bfloat16. Passes of one token and of d + 1 round differently, so that self-speculation may take
-another token where two are as good as equal; nowhere else.
+"""Greedy decoding in bfloat16 differs from autoregressive decoding only where two tokens are as good as equal.
 
-How equal that is, by hand. A rounding to bfloat16 errs by up to u = 2^-8 of a number, u/sqrt(3) of it on average
-(root mean square). A state is rounded some R times on its way: in each layer after both norms, the four matmuls,
-rotation, the attention weights, SwiGLU and both additions, once after the last norm. If these errors are independent,
-each of a normed state's D numbers, of about 1, is off by u sqrt(R/3), and its product with a column w of the head by
-u sqrt(R/3) |w|. Of such errors the margin of two logits, between two programs, has four: twice as much, and four times
-that is next to impossible.
+Passes of one token and of d + 1 tokens round differently, so self-speculation may take the other of two such tokens.
+
+How equal "as good as equal" is, by hand: a rounding to bfloat16 errs by up to u = 2^-8 of a number, and by u/sqrt(3) of
+it on average (root mean square). A state is rounded some R times on its way: in each layer after both norms, the four
+matmuls, the rotation, the attention weights, SwiGLU and both additions, and once after the last norm. If these errors
+are independent, each of a normed state's D numbers (about 1) is off by u sqrt(R/3), and its product with a column w of
+the head by u sqrt(R/3) |w|. The margin of two logits between two programs holds four such errors, which is twice as
+much. Four times that is next to impossible.
 """
 
 import jax
@@ -15,10 +16,10 @@ import numpy as np
 import pytest
 
 import lsjax
-from lsjax.decoding import programs
-from lsjax.decoding.passes import decoder_weights, embed, init_cache, prefill, run_layers
-from lsjax.decoding.programs import DecodeShape
-from lsjax.decoding.rules import Greedy
+from lsjax.decoding import lowering
+from lsjax.decoding.forward import decoder_weights, embed, init_cache, prefill, run_layers
+from lsjax.decoding.lowering import DecodeShape
+from lsjax.decoding.sampling import Greedy
 from lsjax.model.transformer import exit_logits
 from tests.conftest import VARIED
 
@@ -39,22 +40,22 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def margin(varied_params):
-    """What two logits may differ by and still change places."""
+    """Returns how far two logits may differ and still change places."""
     roundings = 11 * VARIED.num_layers + 1
     head = np.max(np.linalg.norm(varied_params["lm_head"], axis=0)) * np.max(varied_params["final_norm"]["scale"])
     return 4 * 2 * 2.0**-8 * np.sqrt(roundings / 3) * head
 
 
 def decode(weights, prompts, strategy) -> np.ndarray:
-    """New tokens [B, NEW]."""
+    """Returns the new tokens [B, NEW]."""
     how = {"config": VARIED, "strategy": strategy}
     inputs = jnp.int32(NEW), jnp.array([-1]), Greedy()
     shape = DecodeShape(len(prompts), BUCKET, CAPACITY, NEW + 16, 1)
 
     @jax.jit
     def run(weights):
-        state = programs._first_token(weights, prompts, LENGTHS, *inputs, **how, shape=shape)
-        return programs._decode(weights, state, *inputs, **how).tokens[:, :NEW]
+        state = lowering._first_token(weights, prompts, LENGTHS, *inputs, **how, shape=shape)
+        return lowering._decode(weights, state, *inputs, **how).tokens[:, :NEW]
 
     return np.asarray(run(weights))
 
@@ -65,7 +66,8 @@ def autoregressive(weights, prompts):
 
 
 def control(weights, prompts, new, drafts: int) -> np.ndarray:
-    """Logits [B, NEW, V] that the full model gives each new token, the text read in blocks of d + 1 as verified."""
+    """Returns the full model's logits of each new token [B, NEW, V], reading the text in blocks of d + 1 as
+    verification does."""
     blocks = -(-(NEW - 1) // (drafts + 1))
     text = np.zeros((len(new), blocks * (drafts + 1)), np.int32)
     text[:, : NEW - 1] = new[:, :-1]
@@ -88,7 +90,7 @@ def control(weights, prompts, new, drafts: int) -> np.ndarray:
 
 
 def short_of_the_best(logits, tokens) -> np.ndarray:
-    """[B, NEW]: by how much each token's logit is below the largest."""
+    """Returns how far each token's logit is below the largest [B, NEW]."""
     return logits.max(axis=-1) - np.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
 
 
@@ -108,7 +110,7 @@ def test_self_speculation_departs_from_autoregressive_only_at_ties(
 
 
 def test_the_margin_tells_tokens_apart(weights, prompts, autoregressive, margin):
-    """Most tokens would break it in another one's place, and no pass of another shape moves a margin by more."""
+    """Most other tokens would break the margin, and no pass of another shape moves a margin by more."""
     single, block = (control(weights, prompts, autoregressive, drafts) for drafts in (0, 8))
     assert 2 * np.abs(single - block).max() <= margin
     second = np.sort(single, axis=-1)[..., -2]

@@ -8,20 +8,22 @@ import numpy as np
 import pytest
 
 import lsjax
-from lsjax.decoding import settings
-from lsjax.decoding.bandwidth import bytes_per_round
-from lsjax.decoding.batch import PromptBatch
-from lsjax.decoding.benchmark import benchmark
-from lsjax.decoding.generate import DecodeProgram
+from lsjax.benchmarks.bandwidth import bytes_per_round
+from lsjax.benchmarks.decoding import benchmark
+from lsjax.decoding.batch import GenerationConfig, PromptBatch
+from lsjax.decoding.forward import DRAFT
 from lsjax.decoding.loops import self_speculative_loop
-from lsjax.decoding.passes import DRAFT
-from lsjax.decoding.programs import DecodeShape, _first_token
-from lsjax.decoding.rules import Greedy
+from lsjax.decoding.lowering import DecodeShape, _first_token
+from lsjax.decoding.model import Model, quantize
+from lsjax.decoding.program import DecodeProgram
+from lsjax.decoding.sampling import Greedy
 from lsjax.decoding.strategies import Autoregressive, EarlyExit, Sampling, SelfSpeculative
 from lsjax.errors import UserError
-from lsjax.loading import Model, quantize
-from lsjax.model.quantized import Quantized, is_quantized
-from tests.decoding.test_loops import NEW, PROMPTS, NoTokenizer
+from lsjax.model.quantization import Quantized, is_quantized
+from lsjax.tuning import cost_model
+from tests.helpers.prompts import NEW, PROMPTS, NoTokenizer
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +38,15 @@ def expected(model):
 
 @pytest.fixture(scope="module")
 def misled(model):
-    """Its int8 drafter is far off: of every weight, the values of another one's channels."""
-    wrong = lambda a: Quantized(jnp.roll(a.values, 3, axis=0), a.scale) if is_quantized(a) else a  # noqa: E731
+    """Returns a model whose int8 drafter is far off: each weight has the values of another one's channels."""
+
+    def wrong(a):
+        return Quantized(jnp.roll(a.values, 3, axis=0), a.scale) if is_quantized(a) else a
+
     misled = dataclasses.replace(model)
     for exit_layer in (1, 2, 3, 4):
         weights = jax.tree.map(wrong, model.draft_weights(exit_layer)["layers"], is_leaf=is_quantized)
-        misled._drafting[exit_layer] = {"layers": weights, "lm_head": model.draft_weights(exit_layer)["lm_head"]}
+        misled._int8_drafters[exit_layer] = {"layers": weights, "lm_head": model.draft_weights(exit_layer)["lm_head"]}
     return misled
 
 
@@ -54,7 +59,7 @@ def test_int8_drafts_leave_every_token_as_it_was(model, misled, expected, exit_l
 
 
 def test_int8_drafts_go_with_copies(model, misled, expected):
-    """Rounds of drafts, of copies, and of both in one batch."""
+    """Rounds of drafts, rounds of copies, and rounds of both occur in one batch."""
     strategy = SelfSpeculative(2, 3, "int8", lookup=5)
     result = lsjax.generate(misled, PROMPTS, NEW, strategy)
     assert result.tokens == lsjax.generate(model, PROMPTS, NEW, strategy).tokens == expected
@@ -62,40 +67,53 @@ def test_int8_drafts_go_with_copies(model, misled, expected):
 
 
 def test_int8_drafts_of_all_layers_are_nearly_always_accepted(model, misled):
-    """They do draft with these weights: right ones agree, wrong ones do not."""
-    rate = lambda m: np.mean([s["acceptance_rate"] for s in lsjax.generate(m, PROMPTS, NEW, strategy).stats])  # noqa: E731
+    """The int8 weights do draft: right ones agree, wrong ones do not."""
     strategy = SelfSpeculative(4, 3, "int8")
+
+    def rate(m):
+        return np.mean([s["acceptance_rate"] for s in lsjax.generate(m, PROMPTS, NEW, strategy).stats])
+
     assert rate(model) > 0.9
     assert rate(misled) < 0.6
 
 
 def test_the_cache_holds_what_the_full_model_writes(model, misled):
-    """After a round, entries of every layer are those of a run without drafts: int8 ones are gone."""
-    config, shape = model.config, DecodeShape(rows=3, bucket=16, capacity=64, room=40, stops=0)
-    batch = PromptBatch.make(model, PROMPTS, NEW)
-    strategy = SelfSpeculative(3, 4, "int8")
-    begun = lambda s: _first_token(  # noqa: E731
-        model.decoder_weights,
-        batch.tokens,
-        batch.lengths,
-        20,
-        batch.stop,
-        Greedy(),
-        config=config,
-        strategy=s,
-        shape=shape,
+    """After a round, the entries of every layer are those of a run without drafts; none is left by an int8 draft."""
+    config, shape = (
+        model.config,
+        DecodeShape(batch_size=3, padded_prompt_length=16, capacity=64, buffer_size=40, num_stop_tokens=0),
     )
+    batch = PromptBatch.make(model, PROMPTS, GenerationConfig(NEW))
+    strategy = SelfSpeculative(3, 4, "int8")
+
+    def begun(strategy):
+        return _first_token(
+            model.decoder_weights(),
+            batch.tokens,
+            batch.lengths,
+            20,
+            batch.stop_token_ids,
+            Greedy(),
+            config=config,
+            strategy=strategy,
+            shape=shape,
+        )
+
     state = begun(strategy)
-    weights = model.decoder_weights | {DRAFT: misled.draft_weights(3)}
-    after = self_speculative_loop(weights, state, jnp.int32(20), jnp.asarray(batch.stop), config, 3, 4)
-    own = self_speculative_loop(model.decoder_weights, state, jnp.int32(20), jnp.asarray(batch.stop), config, 4, 4)
+    weights = model.decoder_weights() | {DRAFT: misled.draft_weights(3)}
+    after = self_speculative_loop(weights, state, jnp.int32(20), jnp.asarray(batch.stop_token_ids), config, 3, 4)
+    own = self_speculative_loop(
+        model.decoder_weights(), state, jnp.int32(20), jnp.asarray(batch.stop_token_ids), config, 4, 4
+    )
     for ours, theirs in zip(jax.tree.leaves(after.cache), jax.tree.leaves(own.cache), strict=True):
         for row, length in enumerate(np.minimum(after.length, own.length)):
             np.testing.assert_allclose(ours[row, :, :length], theirs[row, :, :length], atol=1e-5)
 
 
 def test_sampled_int8_drafts_are_kept_by_what_both_distributions_share(model):
-    """Nearly equal distributions: nearly all drafts of all layers are kept, and the texts are valid samples."""
+    """The distributions are nearly equal, so nearly all drafts of all layers are kept, and the texts are valid
+    samples.
+    """
     strategy, cold = SelfSpeculative(4, 3, "int8"), Sampling(temperature=1e-3)
     stats = lsjax.generate(model, PROMPTS, NEW, strategy, Sampling(0.8), seed=3).stats
     assert np.mean([row["acceptance_rate"] for row in stats]) > 0.8
@@ -119,14 +137,14 @@ def test_self_speculation_in_int8_equals_autoregressive_in_int8(model):
 def test_a_prediction_for_an_int8_model_is_of_its_own_exits(model):
     int8 = quantize(model)
     plain = lsjax.generate(int8, PROMPTS, NEW).tokens
-    text = settings.text_of(int8, int8.params, PromptBatch.make(int8, PROMPTS, NEW), plain)
-    rounds = settings.expected_rounds(text.acceptance, text.tokens, 3)[1]
+    text = cost_model.read_decoded(int8, int8.params, PromptBatch.make(int8, PROMPTS, GenerationConfig(NEW)), plain)
+    rounds = cost_model.expected_rounds(text.acceptance, text.tokens, 3)[1]
     stats = lsjax.generate(int8, PROMPTS, NEW, SelfSpeculative(2, 3)).stats
     assert rounds.tolist() == [row["rounds"] for row in stats]
 
 
 def test_bytes_of_a_round_by_hand(model):
-    """d drafts through E int8 layers and the int8 head, all layers and the head once; each with its caches."""
+    """A round reads E int8 layers and the int8 head d times, and all layers and the head once, each with its caches."""
     c, rows, capacity, early, drafts = model.config, 3, 40, 3, 2
     layer = c.width * (c.num_heads + 2 * c.num_kv_heads) * c.head_width + c.num_heads * c.head_width * c.width
     layer += 3 * c.width * c.feed_forward_width
@@ -135,13 +153,13 @@ def test_bytes_of_a_round_by_hand(model):
     int8 = early * (layer + 4 * scales + 2 * norm + cache) + head + 4 * c.vocab_size + norm
     full = c.num_layers * (4 * layer + 2 * norm + cache) + 4 * head + norm
     strategy = SelfSpeculative(early, drafts, "int8")
-    weights = DecodeProgram(c, strategy, PromptBatch.make(model, PROMPTS, NEW)).weights(model)
+    weights = DecodeProgram(c, strategy, PromptBatch.make(model, PROMPTS, GenerationConfig(NEW))).weights(model)
     assert bytes_per_round(weights, c, strategy, rows, capacity) == drafts * int8 + full
     own = early * (4 * layer + 2 * norm + cache) + 4 * head + norm
-    weights = model.decoder_weights
+    weights = model.decoder_weights()
     assert bytes_per_round(weights, c, SelfSpeculative(early, drafts), rows, capacity) == drafts * own + full
     assert bytes_per_round(weights, c, EarlyExit(early), rows, capacity) == own
-    int8_model = quantize(model).decoder_weights
+    int8_model = quantize(model).decoder_weights()
     assert bytes_per_round(int8_model, c, EarlyExit(early), rows, capacity) == int8
 
 
@@ -161,7 +179,7 @@ def test_the_report_names_the_weights(model):
     ("in_int8", "strategy", "message"),
     [
         (False, SelfSpeculative(2, 3, "int4"), "draft_weights must be \"int8\", or None .* got 'int4'"),
-        (False, SelfSpeculative("auto", 3, "int8"), "with draft_weights give numbers"),
+        (False, SelfSpeculative("auto", 3, "int8"), "give numbers beside draft_weights"),
         (True, SelfSpeculative(2, 3, "int8"), "this model is in int8 already"),
     ],
 )
@@ -173,13 +191,13 @@ def test_bad_settings_are_named(model, in_int8, strategy, message):
 @pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(2, 3, "int8")], ids=lambda s: s.name)
 def test_split_over_devices_it_gives_the_tokens_of_one(model, strategy):
     from lsjax.config import MeshConfig
-    from lsjax.scale.sharding import make_mesh, tree_shardings
+    from lsjax.parallel.sharding import make_mesh, tree_shardings
 
     shardings = tree_shardings(model.params, make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2]))
     split = dataclasses.replace(model, params=jax.device_put(model.params, shardings))
     one = model
     if isinstance(strategy, Autoregressive):
         one, split = quantize(one), quantize(split)
-        values = split.decoder_weights["layers"][0]["attention"]["qkv"].values
+        values = split.decoder_weights()["layers"][0]["attention"]["qkv"].values
         assert values.addressable_shards[0].data.size == values.size // 2
     assert lsjax.generate(split, PROMPTS, NEW, strategy).tokens == lsjax.generate(one, PROMPTS, NEW, strategy).tokens

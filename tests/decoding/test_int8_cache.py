@@ -1,4 +1,4 @@
-"""Decoding with a KV cache in int8: the model over rounded keys and values, by every way of decoding the same one."""
+"""Decoding with an int8 KV cache equals the model over rounded keys and values, however a text is decoded."""
 
 import dataclasses
 import functools
@@ -9,30 +9,34 @@ import numpy as np
 import pytest
 
 import lsjax
+from lsjax.benchmarks.bandwidth import bytes_per_round
+from lsjax.benchmarks.decoding import benchmark
 from lsjax.data.tokenizer import train_tokenizer
-from lsjax.decoding import passes, settings
-from lsjax.decoding.bandwidth import bytes_per_round
-from lsjax.decoding.batch import PromptBatch
-from lsjax.decoding.benchmark import benchmark
-from lsjax.decoding.generate import DecodeProgram, _compiled
-from lsjax.decoding.passes import decoder_weights, init_cache, prefill, run_layers
-from lsjax.decoding.programs import DecodeShape, lower_decoding
+from lsjax.decoding import forward
+from lsjax.decoding.batch import GenerationConfig, PromptBatch
+from lsjax.decoding.forward import decoder_weights, init_cache, prefill, run_layers
+from lsjax.decoding.lowering import DecodeShape, lower_decoding
+from lsjax.decoding.model import Model
+from lsjax.decoding.program import DecodeProgram
+from lsjax.decoding.program_cache import PROGRAM_CACHE
 from lsjax.decoding.strategies import EarlyExit, Sampling, SelfSpeculative
 from lsjax.errors import UserError
-from lsjax.evaluation.tables import decoding_table
-from lsjax.interop.huggingface import write_huggingface
-from lsjax.loading import Model
+from lsjax.io.huggingface import write_huggingface
 from lsjax.model.transformer import exit_logits
-from tests import numpy_llama
+from lsjax.reports.tables import decoding_table
+from lsjax.tuning import cost_model
 from tests.conftest import random_params
-from tests.decoding.test_loops import NEW, PROMPTS, NoTokenizer
+from tests.helpers import numpy_llama
+from tests.helpers.prompts import NEW, PROMPTS, NoTokenizer
+
+pytestmark = pytest.mark.slow
 
 TEXT = np.random.default_rng(0).integers(1, 320, 13).astype(np.int32)
 
 
 @pytest.fixture(scope="module")
 def model(varied, varied_params):
-    """Of three layers: what these tests take is compiling."""
+    """Returns a model of three layers: compiling is what these tests spend their time on."""
     layers = jax.tree.map(lambda a: a[:3], varied_params["layers"])
     config = dataclasses.replace(varied, num_layers=3)
     return Model(config, varied_params | {"layers": layers}, NoTokenizer(), cache="int8")
@@ -44,14 +48,14 @@ def plain(model):
 
 
 def rounded(entries):
-    """Keys, or values, [S, H] as int8 with a scale for each has them."""
+    """Returns keys or values [S, H] as int8 with one scale per entry represents them."""
     scale = np.abs(entries).max(-1, keepdims=True) / 127
     return np.round(entries / scale) * scale
 
 
 @pytest.fixture(scope="module")
 def attentive(varied):
-    """(params, config) of three layers that outweigh the embedding, so that rounding matters."""
+    """Returns (params, config) of three layers that outweigh the embedding, so that rounding matters."""
     config = dataclasses.replace(varied, num_layers=3)
     params = random_params(config)
     return params | {"embed": 0.05 * params["embed"]}, config
@@ -59,14 +63,16 @@ def attentive(varied):
 
 @pytest.fixture(scope="module")
 def in_numpy(attentive):
-    """Logits [V] after the text, over rounded entries and over exact ones."""
+    """Returns the logits [V] after the text, over rounded entries and over exact ones."""
     params, config = jax.device_get(attentive[0]), attentive[1]
     states = [numpy_llama.hidden_states(params, TEXT, config, held=held)[-1, -1] for held in (rounded, lambda a: a)]
     return [numpy_llama.logits(params, state, config) for state in states]
 
 
 def read(params, config, parts):
-    """Logits [V] after the text: its first part by prefill, the others by passes against the cache, all in one row."""
+    """Returns the logits [V] after the text, its first part read by prefill and the rest by passes against the
+    cache.
+    """
     weights, whole = decoder_weights(params, jnp.float32), range(config.num_layers)
     start, *later = parts
     cache = init_cache(config, 1, 64, jnp.int8)
@@ -74,7 +80,7 @@ def read(params, config, parts):
     logits, cache = begin(weights, TEXT[None, :start], np.array([start]), cache)
     go_on = jax.jit(functools.partial(run_layers, layers=whole, config=config))
     for tokens in later:
-        x = passes.embed(weights, jnp.asarray(TEXT[None, start : start + tokens]))
+        x = forward.embed(weights, jnp.asarray(TEXT[None, start : start + tokens]))
         x, cache = go_on(weights, x, cache, jnp.array([start]))
         logits, start = exit_logits(weights, x, config)[:, -1], start + tokens
     assert start == len(TEXT)
@@ -83,7 +89,9 @@ def read(params, config, parts):
 
 @pytest.mark.parametrize("parts", [(13,), (9, 1, 1, 1, 1), (1, 4, 4, 4)], ids=str)
 def test_however_a_text_is_read_its_logits_are_those_over_rounded_entries(attentive, in_numpy, parts):
-    """As the model in numpy has it. That is in float64: a number at the edge may be rounded to the other side."""
+    """The numpy model is the oracle. It computes in float64, so a number at the edge may be rounded to the other
+    side.
+    """
     logits, cache = read(*attentive, parts)
     over_rounded, over_exact = in_numpy
     far = np.abs(over_exact - over_rounded).max()
@@ -118,10 +126,10 @@ def test_rows_that_wait_and_pieces_of_a_stream_are_the_same(model):
 
 
 def test_prompts_in_chunks(monkeypatch, model, plain):
-    monkeypatch.setattr(passes, "PREFILL_CHUNK", 8)
-    _compiled.cache_clear()
+    monkeypatch.setattr(forward, "PREFILL_CHUNK", 8)
+    PROGRAM_CACHE.clear()
     assert lsjax.generate(model, PROMPTS, NEW).tokens == plain
-    _compiled.cache_clear()
+    PROGRAM_CACHE.clear()
 
 
 def test_split_over_devices(model, tmp_path):
@@ -129,9 +137,11 @@ def test_split_over_devices(model, tmp_path):
     alone, split = (lsjax.load(tmp_path, tensor=devices, cache="int8") for devices in (1, 2))
     tokens = [lsjax.generate(model, PROMPTS, NEW, SelfSpeculative(2, 3)).tokens for model in (alone, split)]
     assert tokens[0] == tokens[1]
-    weights = split.decoder_weights
+    weights = split.decoder_weights()
     layout = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
-    shape = DecodeShape(rows=2, bucket=16, capacity=64, room=32, stops=1, cache="int8")
+    shape = DecodeShape(
+        batch_size=2, padded_prompt_length=16, capacity=64, buffer_size=32, num_stop_tokens=1, cache="int8"
+    )
     _, loop = lower_decoding(layout, model.config, SelfSpeculative(2, 3), shape)
     caches = loop.compile().output_shardings.cache
     for layer in caches:
@@ -141,20 +151,20 @@ def test_split_over_devices(model, tmp_path):
 
 
 def test_a_prediction_is_of_rounded_entries(model, plain):
-    text = settings.text_of(model, model.params, PromptBatch.make(model, PROMPTS, NEW), plain)
-    rounds = settings.expected_rounds(text.acceptance, text.tokens, 3)[1]
+    text = cost_model.read_decoded(model, model.params, PromptBatch.make(model, PROMPTS, GenerationConfig(NEW)), plain)
+    rounds = cost_model.expected_rounds(text.acceptance, text.tokens, 3)[1]
     stats = lsjax.generate(model, PROMPTS, NEW, SelfSpeculative(2, 3)).stats
     assert rounds.tolist() == [row["rounds"] for row in stats]
-    sampled = PromptBatch.make(model, PROMPTS, NEW, Sampling(1.0))
+    sampled = PromptBatch.make(model, PROMPTS, GenerationConfig(NEW, Sampling(1.0)))
     exact = dataclasses.replace(model, cache="auto")
-    chances = [settings.text_of(m, m.params, sampled, plain).acceptance for m in (model, exact, model)]
+    chances = [cost_model.read_decoded(m, m.params, sampled, plain).acceptance for m in (model, exact, model)]
     assert (chances[0] != chances[1]).any()
     assert (chances[0] == chances[2]).all()
 
 
 def test_bytes_of_a_round_by_hand(model):
-    """Of 40 entries of 3 rows, 2 KV heads and both sides: 8 numbers and a scale."""
-    how = model.decoder_weights, model.config, EarlyExit(2), 3, 40
+    """40 entries of 3 sequences, 2 KV heads and both sides hold 8 numbers and a scale each."""
+    how = model.decoder_weights(), model.config, EarlyExit(2), 3, 40
     assert bytes_per_round(*how, cache="auto") - bytes_per_round(*how, cache="int8") == 2 * 3 * 40 * 2 * 2 * (
         4 * 8 - 12
     )
@@ -167,19 +177,25 @@ def test_the_report_names_it(model):
     assert (report["weights"], report["cache"]) == ("float32", "int8")
     assert [run["matches_autoregressive"] for run in report["runs"]] == [True] * 2
     assert decoding_table(report).title.endswith("weights in float32, KV cache in int8")
-    assert sum("KV cache in int8" in note for note in notes) == 1
+    assert sum("int8 KV cache" in note for note in notes) == 1
     assert decoding_table(report | {"cache": "float32"}).title.endswith("weights in float32")
-    entries = DecodeProgram(model.config, EarlyExit(3), PromptBatch.make(model, PROMPTS[:1], 8)).capacity
-    by_hand = bytes_per_round(model.decoder_weights, model.config, EarlyExit(3), 1, entries, "int8")
+    entries = DecodeProgram(
+        model.config, EarlyExit(3), PromptBatch.make(model, PROMPTS[:1], GenerationConfig(8))
+    ).capacity
+    by_hand = bytes_per_round(model.decoder_weights(), model.config, EarlyExit(3), 1, entries, "int8")
     assert report["runs"][0]["bytes_per_round"] == by_hand
 
 
 def test_the_state_holds_int8_and_scales_once(model):
-    """Of 3 rows, 2 KV heads, both sides and 3 layers: 8 numbers and a scale an entry, all of it donated."""
-    program = DecodeProgram(model.config, SelfSpeculative(2, 3), PromptBatch.make(model, PROMPTS, NEW))
+    """3 sequences, 2 KV heads, both sides and 3 layers hold 8 numbers and a scale per entry, and all of it is
+    donated.
+    """
+    program = DecodeProgram(
+        model.config, SelfSpeculative(2, 3), PromptBatch.make(model, PROMPTS, GenerationConfig(NEW))
+    )
 
     def aliased(cache):
-        program.compile(model.decoder_weights, cache=cache)
+        program.compile(model.decoder_weights(), cache=cache)
         return program._programs.decode.memory_analysis().alias_size_in_bytes
 
     assert aliased("auto") - aliased("int8") == 3 * 2 * 2 * 3 * program.capacity * (4 * 8 - 12)

@@ -1,4 +1,4 @@
-"""The three facts of greedy decoding in float32, against a decoder without cache or batch."""
+"""Greedy decoding in float32 equals a decoder without a cache, without a batch and without drafts."""
 
 import dataclasses
 import functools
@@ -9,31 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.decoding import programs
-from lsjax.decoding.generate import DecodeProgram, PromptBatch, _compiled, generate
+from lsjax.decoding import lowering
+from lsjax.decoding.batch import GenerationConfig, PromptBatch
+from lsjax.decoding.forward import decoder_weights, init_cache, prefill, run_layers
 from lsjax.decoding.loops import begin, draft, self_speculative_loop
-from lsjax.decoding.passes import decoder_weights, init_cache, prefill, run_layers
-from lsjax.decoding.programs import DecodeShape
-from lsjax.decoding.rules import Greedy
+from lsjax.decoding.lowering import DecodeShape
+from lsjax.decoding.model import Model
+from lsjax.decoding.program import DecodeProgram
+from lsjax.decoding.program_cache import PROGRAM_CACHE
+from lsjax.decoding.sampling import Greedy
 from lsjax.decoding.strategies import Autoregressive, EarlyExit, SelfSpeculative
-from lsjax.loading import Model
+from lsjax.generation import generate
 from lsjax.model.transformer import forward, hidden_states
 from pallas_kernels.kv_cache import reference as kv_cache
-
-PROMPTS = [[5, 9, 2], [7] * 17, [300, 1, 14, 15, 92, 6, 53]]
-NEW = 24
-
-
-class NoTokenizer:
-    """Token ids in, token ids out; `stop` as given."""
-
-    begin = None
-
-    def __init__(self, stop=()):
-        self.stop = tuple(stop) or (-1,)
-
-    def decode(self, ids):
-        return " ".join(map(str, ids))
+from tests.helpers.prompts import NEW, PROMPTS, NoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +32,7 @@ def model(varied, varied_params):
 
 @functools.lru_cache
 def reference_tokens(prompt: tuple, exit_layer: int) -> list[int]:
-    """Greedy decoding by running `forward` on the whole text again for every token."""
+    """Decodes greedily by running `forward` on the whole text again for every token."""
     from tests.conftest import VARIED
 
     params = reference_tokens.params
@@ -90,7 +79,7 @@ def test_the_drafts_of_the_full_model_are_always_accepted(model):
 
 
 def test_rounds_count_rejections_as_they_are(model):
-    """accepted + rounds = tokens the loop emitted: each round adds its accepted drafts and one verified token."""
+    """accepted + rounds = tokens of the loop, since each round adds its accepted drafts and one verified token."""
     stats = generate(model, PROMPTS, NEW, SelfSpeculative(3, 3)).stats
     for row in stats:
         # The last round may be cut at the limit, which loses its verified token.
@@ -108,7 +97,7 @@ def test_a_row_does_not_depend_on_its_batch(model, strategy):
 
 @pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(2, 4), SelfSpeculative(4, 5)])
 def test_a_stop_token_ends_its_row_wherever_it_stands_in_a_block(varied, varied_params, strategy):
-    """Every token of the reference in turn is made the stop token: the row ends with its first occurrence."""
+    """Every token of the reference becomes the stop token in turn; the sequence ends at its first occurrence."""
     reference = [reference_tokens(tuple(prompt), 4) for prompt in PROMPTS]
     for stop in sorted({row[index] for row in reference for index in range(0, NEW, 3)}):
         model = Model(varied, varied_params, NoTokenizer([stop]))
@@ -124,8 +113,11 @@ def test_the_limit_is_exact(model, new):
 
 @pytest.mark.parametrize(("exit_layer", "drafts"), [(2, 3), (4, 5)])
 def test_texts_of_a_batch_end_at_every_position_of_a_block(varied, varied_params, exit_layer, drafts):
-    """Each row has an end of its own, all of them in one batch. Where blocks begin is told by their count under every
-    limit: the first token is prefill's, the second begins the first block."""
+    """Every sequence ends elsewhere, all in one batch.
+
+    The count of rounds under every limit tells where blocks begin: prefill emits the first token, and the second begins
+    the first block.
+    """
     plain, strategy = Model(varied, varied_params, NoTokenizer()), SelfSpeculative(exit_layer, drafts)
     reference = [reference_tokens(tuple(prompt), 4) for prompt in PROMPTS]
     stats = [generate(plain, PROMPTS, limit, strategy).stats for limit in range(1, NEW + 1)]
@@ -145,27 +137,27 @@ def test_texts_of_a_batch_end_at_every_position_of_a_block(varied, varied_params
 
 @pytest.mark.parametrize("strategy", [Autoregressive(), EarlyExit(2), SelfSpeculative(2, 3), SelfSpeculative(4, 5)])
 def test_what_a_cache_held_before_does_not_matter(monkeypatch, model, strategy):
-    """Prefill, padding, drafting and rejections on caches full of huge numbers, rows of several lengths together."""
+    """Prefill, padding, drafts and rejections run on caches full of huge numbers, with prompts of several lengths."""
     made = kv_cache.init_layer_cache
 
     def used(*sizes):
         return jax.tree.map(lambda a: jnp.full_like(a, 1e30), made(*sizes))
 
     monkeypatch.setattr(kv_cache, "init_layer_cache", used)
-    _compiled.cache_clear()
+    PROGRAM_CACHE.clear()
     found = generate(model, PROMPTS, NEW, strategy).tokens
-    _compiled.cache_clear()
+    PROGRAM_CACHE.clear()
     exit_layer = 2 if strategy == EarlyExit(2) else 4
     assert found == [reference_tokens(tuple(prompt), exit_layer) for prompt in PROMPTS]
 
 
 class DraftsPoison(NamedTuple):
-    """Greedy, but that every third new token is drafted as `poison`, whose embedding is NaN."""
+    """Greedy, except that every third new token is drafted as `poison`, whose embedding is NaN."""
 
     poison: jax.Array
 
-    def choose(self, logits, index):
-        token, _ = Greedy().choose(logits, index)
+    def choose(self, logits, index, subset=None):
+        token, _ = Greedy().choose(logits, index, subset)
         return jnp.where(index % 3 == 1, self.poison, token), None
 
     def verify(self, *drafted):
@@ -178,15 +170,15 @@ def test_a_draft_that_is_not_a_number_leaves_no_trace(varied, varied_params, dra
     poison = next(token for token in range(1, 320) if not any(token in text for text in (*expected, *PROMPTS)))
     weights = decoder_weights(varied_params, jnp.float32)
     weights |= {"embed": weights["embed"].at[poison].set(jnp.nan)}
-    batch = PromptBatch.make(Model(varied, varied_params, NoTokenizer()), PROMPTS, NEW)
+    batch = PromptBatch.make(Model(varied, varied_params, NoTokenizer()), PROMPTS, GenerationConfig(NEW))
     how = {"config": varied, "strategy": SelfSpeculative(2, drafts)}
     inputs = jnp.int32(NEW), jnp.array([-1]), DraftsPoison(jnp.int32(poison))
     shape = DecodeShape(3, batch.tokens.shape[1], 96, 64, 1)
 
     @jax.jit
     def run(weights):
-        state = programs._first_token(weights, batch.tokens, batch.lengths, *inputs, **how, shape=shape)
-        return programs._decode(weights, state, *inputs, **how)
+        state = lowering._first_token(weights, batch.tokens, batch.lengths, *inputs, **how, shape=shape)
+        return lowering._decode(weights, state, *inputs, **how)
 
     state = run(weights)
     assert state.tokens[:, :NEW].tolist() == expected
@@ -194,7 +186,7 @@ def test_a_draft_that_is_not_a_number_leaves_no_trace(varied, varied_params, dra
 
 
 def test_stale_cache_entries_never_leak(varied, varied_params):
-    """Entries past each row's length are huge before every round, as if every rejected draft had left poison."""
+    """Entries past each sequence's length are huge before every round, as if every rejected draft had left poison."""
     weights = decoder_weights(varied_params, jnp.float32)
     prompt = PROMPTS[2]
     tokens = jnp.asarray([prompt], jnp.int32)
@@ -202,7 +194,7 @@ def test_stale_cache_entries_never_leak(varied, varied_params):
     first = jnp.argmax(logits, axis=-1)
     stop, limit = jnp.array([-1]), jnp.int32(1000)
     state = begin(cache, first, jnp.array([7]), limit, stop, 64)
-    one_round = jax.jit(
+    run_round = jax.jit(
         lambda state, limit: self_speculative_loop(
             weights, state, limit, stop, varied, exit_layer=2, num_speculations=3
         )
@@ -211,12 +203,12 @@ def test_stale_cache_entries_never_leak(varied, varied_params):
         stale = jnp.arange(64)[None, None, :, None] >= state.length[0]
         poisoned = jax.tree.map(lambda a, stale=stale: jnp.where(stale, 1e30, a), state.cache)
         # A limit one token ahead ends the loop after one round; the state then goes on.
-        state = one_round(state._replace(cache=poisoned, done=jnp.array([False])), state.emitted[0] + 1)
+        state = run_round(state._replace(cache=poisoned, done=jnp.array([False])), state.emitted[0] + 1)
     assert state.tokens[0, :NEW].tolist() == reference_tokens(tuple(prompt), 4)
 
 
 def test_draft_states_and_cache_are_those_of_a_full_pass(varied, varied_params):
-    """What verification starts from equals the hidden states and keys of the same tokens read at once."""
+    """Verification starts from the hidden states and keys that one pass over the same tokens gives."""
     weights = decoder_weights(varied_params, jnp.float32)
     prompt = jnp.asarray([PROMPTS[2]], jnp.int32)
     logits, cache = prefill(weights, prompt, jnp.array([7]), init_cache(varied, 1, 64, jnp.float32), varied, range(4))
@@ -234,12 +226,12 @@ def test_draft_states_and_cache_are_those_of_a_full_pass(varied, varied_params):
 
 
 def test_new_lengths_limits_and_prompts_do_not_recompile(model):
-    from lsjax.decoding import generate as module
+    from lsjax.decoding import program as module
 
     generate(model, [[1, 2, 3]], 20, SelfSpeculative(2, 3))
-    before = module._compiled.cache_info().misses
+    before = module.PROGRAM_CACHE.misses
     generate(model, [[5] * 15], 33, SelfSpeculative(2, 3))
-    assert module._compiled.cache_info().misses == before
+    assert module.PROGRAM_CACHE.misses == before
 
 
 @pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(2, 3)])

@@ -1,4 +1,4 @@
-"""Prompts that wait take the rows of those that are done: the same tokens as alone, in fewer rounds than in groups."""
+"""Waiting prompts take the places of finished ones: the same tokens as alone, in fewer rounds than in groups."""
 
 import jax
 import numpy as np
@@ -6,13 +6,15 @@ import pytest
 
 import lsjax
 from lsjax.data.tokenizer import train_tokenizer
-from lsjax.decoding import generate as module
-from lsjax.decoding.acceptance import batch_rounds
+from lsjax.decoding import program as module
 from lsjax.decoding.batch import PromptBatch
-from lsjax.decoding.generate import DecodeProgram
-from lsjax.decoding.passes import decoder_weights
+from lsjax.decoding.forward import decoder_weights
+from lsjax.decoding.model import Model
+from lsjax.decoding.program import DecodeProgram
 from lsjax.errors import UserError
-from lsjax.loading import Model
+from lsjax.tuning.acceptance import batch_rounds
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = [[5, 9, 2], [7] * 17, [300, 1, 14, 15, 92, 6, 53], [11], [80, 81, 82], [9, 9, 41, 9], [250] * 5]
 NEW = 24
@@ -25,7 +27,7 @@ STRATEGIES = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def model(varied, varied_params):
-    """Its texts are of different lengths: the stop token is one that some of them come to."""
+    """Returns a model whose texts have different lengths, since some of them reach the stop token."""
     tokenizer = train_tokenizer(["zwölf Boxkämpfer jagen Viktor über den großen Sylter Deich"], 320)
     plain = Model(varied, varied_params, tokenizer)
     texts = lsjax.generate(plain, PROMPTS, NEW).tokens
@@ -73,7 +75,7 @@ def test_the_count_of_rounds_is_that_of_every_order_by_hand():
 
 
 def test_draws_are_those_of_the_prompt_alone(model):
-    """Of the seed, the prompt, and how many equal ones stand before it, whichever row it takes."""
+    """Draws depend on the seed, the prompt, and the number of equal prompts before it, in whatever place it decodes."""
     sampling, prompts = lsjax.Sampling(1.0), [*PROMPTS, PROMPTS[0], PROMPTS[0]]
     together = lsjax.generate(model, prompts, NEW, sampling=sampling, seed=4)
     refilled = lsjax.generate(model, prompts, NEW, sampling=sampling, seed=4, batch_size=2)
@@ -83,7 +85,7 @@ def test_draws_are_those_of_the_prompt_alone(model):
 
 @STRATEGIES
 def test_stop_strings_end_rows_and_let_others_in(model, strategy):
-    """Also one that a prompt's first token completes, in a row that another had."""
+    """One of the stop strings is completed by a prompt's first token, in a place that another prompt had."""
     texts = lsjax.generate(model, PROMPTS, NEW).text
     first = lsjax.generate(model, PROMPTS, 1).text
     stop = [texts[2][6:8], next(text for text in first[3:] if text)]
@@ -98,14 +100,14 @@ def test_stop_strings_end_rows_and_let_others_in(model, strategy):
 def test_other_prompts_do_not_recompile(model):
     how = {"strategy": lsjax.SelfSpeculative(2, 3), "batch_size": 2}
     lsjax.generate(model, PROMPTS, NEW, **how)
-    before = module._compiled_refill.cache_info().misses
+    before = module.PROGRAM_CACHE.misses
     lsjax.generate(model, [[1] * 20] * 9, NEW + 5, **how)
-    assert module._compiled_refill.cache_info().misses == before
+    assert module.PROGRAM_CACHE.misses == before
 
 
 def test_a_row_is_replaced_in_place(varied, varied_params):
     tokens, lengths = np.ones((5, 2048), np.int32), np.full(5, 9, np.int32)
-    batch = PromptBatch(tokens, lengths, 64, np.array([-1], np.int32), at_once=4)
+    batch = PromptBatch(tokens, lengths, 64, np.array([-1], np.int32), max_batch_size=4)
     program = DecodeProgram(varied, lsjax.SelfSpeculative(2, 3), batch)
     program.compile(decoder_weights(varied_params, jax.numpy.float32))
     memory = program._programs.replace.memory_analysis()
@@ -115,7 +117,7 @@ def test_a_row_is_replaced_in_place(varied, varied_params):
 
 
 def test_split_over_devices_it_gives_the_same_tokens(model, tmp_path):
-    from lsjax.interop.huggingface import write_huggingface
+    from lsjax.io.huggingface import write_huggingface
 
     write_huggingface(tmp_path, model.config, jax.device_get(model.params), model.tokenizer)
     split, strategy = lsjax.load(tmp_path, tensor=2), lsjax.SelfSpeculative(2, 3)

@@ -1,17 +1,20 @@
-"""Pieces together are the whole; stop strings and stop tokens end a row where they should; each draft is counted."""
+"""Pieces together are the whole text; stop strings and stop tokens end it where they should; every draft counts."""
 
 import itertools
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
 
 import lsjax
+from lsjax.benchmarks.decoding import benchmark
 from lsjax.data.tokenizer import Tokenizer, train_tokenizer
-from lsjax.decoding.benchmark import benchmark
-from lsjax.decoding.generate import _compiled
+from lsjax.decoding.model import Model
+from lsjax.decoding.program_cache import PROGRAM_CACHE
 from lsjax.errors import UserError
-from lsjax.loading import Model
 from lsjax.model.transformer import forward
 
 PROMPTS = [[5, 9, 2], [7] * 17, [300, 1, 14, 15, 92, 6, 53]]
@@ -23,7 +26,7 @@ COUNTS = ("new_tokens", "rounds", "drafted", "accepted", "accepted_by_position",
 
 @pytest.fixture(scope="module")
 def model(varied, varied_params):
-    """Byte-level BPE: what a random model writes with it is full of halves of characters."""
+    """Returns a model with byte-level BPE: what a random model writes with it is full of halves of characters."""
     tokenizer = train_tokenizer(["zwölf Boxkämpfer jagen Viktor über den großen Sylter Deich — 日本語 😀"], 320)
     assert tokenizer.vocab_size == 320
     return Model(varied, varied_params, tokenizer)
@@ -35,7 +38,9 @@ def whole(model):
 
 
 def joined(pieces, rows):
-    of_row = lambda row: [piece for piece in pieces if piece.row == row]  # noqa: E731
+    def of_row(row):
+        return [piece for piece in pieces if piece.row == row]
+
     tokens = [[token for piece in of_row(row) for token in piece.tokens] for row in range(rows)]
     return tokens, ["".join(piece.text for piece in of_row(row)) for row in range(rows)]
 
@@ -72,7 +77,9 @@ def test_a_stream_may_be_left_and_two_may_alternate(model, whole):
 
 
 def test_characters_come_whole(model):
-    """Every beginning of an encoding: what is settled is a prefix of the text, and whole characters do not wait."""
+    """Takes every beginning of an encoding: the settled part is a prefix of the text, and whole characters do not
+    wait.
+    """
     text = "größe — 日本 😀 \ufffd x"
     ids = model.tokenizer.encode(text)[1:]
     assert len(ids) > len(text)
@@ -85,7 +92,7 @@ def test_characters_come_whole(model):
 
 
 def test_characters_of_byte_tokens_come_whole():
-    """SentencePiece decodes a run of byte tokens at once: one broken byte at its end makes signs of all of them."""
+    """SentencePiece decodes a run of byte tokens at once: one broken byte at its end turns all of them into signs."""
     import tokenizers
     from tokenizers import decoders, models
 
@@ -110,7 +117,8 @@ def test_characters_of_byte_tokens_come_whole():
 
 
 def expected_end(model, tokens, stops):
-    """By the definition: the first token with which the text holds a stop string; the text before the first of them."""
+    """Returns, by the definition, the first token with which the text holds a stop string, and the text before the
+    string."""
     for end in range(1, len(tokens) + 1):
         text = model.tokenizer.decode(tokens[:end])
         starts = [text.index(stop) for stop in stops if stop in text]
@@ -121,7 +129,9 @@ def expected_end(model, tokens, stops):
 
 @STRATEGIES
 def test_a_stop_string_ends_its_row_wherever_it_stands(model, whole, strategy):
-    """Strings of every text in turn: inside a token, over several, over rounds; alone, in pairs, and in no text."""
+    """Takes strings of every text in turn: inside a token, over several, over rounds; alone, in pairs, and in no
+    text.
+    """
     texts = [text.replace("\ufffd", "|").split("|") for text in whole.text]
     parts = [part[at : at + size] for row in texts for part in row for size in (1, 2, 4, 7) for at in range(0, 24, 5)]
     parts = sorted({part for part in parts if part and "\ufffd" not in part})
@@ -146,7 +156,7 @@ def test_a_stop_string_ends_its_row_wherever_it_stands(model, whole, strategy):
 
 
 def test_pieces_never_show_what_a_stop_string_takes_back(model, whole):
-    """A stop string of many tokens waits as long as it may come, and is let go once it cannot."""
+    """A stop string of many tokens waits as long as it may come, and its text is shown once it cannot."""
     text = whole.text[2]
     for start in range(0, len(text) - 12, 4):
         stop = text[start : start + 9] + "?"
@@ -176,10 +186,10 @@ def test_more_stop_tokens_and_why_a_row_ended(model, whole):
 
 def test_streams_and_stop_strings_compile_nothing_of_their_own(model):
     lsjax.generate(model, PROMPTS, NEW, DRAFTING)
-    before = _compiled.cache_info().misses
+    before = PROGRAM_CACHE.misses
     list(lsjax.stream(model, PROMPTS, 9, DRAFTING, stop=["a", "b"]))
     lsjax.generate(model, PROMPTS, NEW, DRAFTING, stop="c")
-    assert _compiled.cache_info().misses == before
+    assert PROGRAM_CACHE.misses == before
 
 
 @pytest.mark.parametrize(
@@ -192,7 +202,7 @@ def test_streams_and_stop_strings_compile_nothing_of_their_own(model):
         ({"stop_tokens": 5}, "stop_tokens must be token ids"),
         ({"stop_tokens": [320]}, "stop_tokens holds 320, outside the vocabulary 0..319"),
         ({"prompts": []}, "at least one"),
-        ({"prompts": 5}, "prompts must be a list of at least one"),
+        ({"prompts": 5}, "prompts must be a list of texts or token lists, got 5"),
         ({"strategy": lsjax.EarlyExit(9)}, "exit_layer 9 is out of range"),
     ],
 )
@@ -202,7 +212,9 @@ def test_bad_input_is_named_before_the_first_piece(model, how, message):
 
 
 def replayed(params, config, prompt, tokens, exit_layer, drafts):
-    """Rounds by the definition, drafting without a cache: (rounds, drafted, accepted and counted by position)."""
+    """Replays rounds by the definition, drafting without a cache: (rounds, drafted, accepted and counted by
+    position).
+    """
     forward_jit = jax.jit(lambda params, tokens, mask: forward(params, tokens, config, mask))
 
     def draft(text):
@@ -242,3 +254,43 @@ def test_every_draft_is_counted_where_it_stood(model, whole):
     assert total[0] > total[3] > 0 or total[0] > total[1] > 0
     report = benchmark(model, PROMPTS, [DRAFTING], max_new_tokens=NEW, batch_size=3, repeats=1)
     np.testing.assert_allclose(report["runs"][1]["acceptance_by_position"], total / possible)
+
+
+SPECIAL = 7  # the id of a special token of `word_tokenizer`
+
+
+@pytest.fixture(scope="module")
+def word_model(varied, varied_params):
+    """Returns a model whose tokenizer drops the space before a text's first word, as those of Llama 1 and 2 do."""
+    words = {f"\u2581w{i}" if i != SPECIAL else "<|im_end|>": i for i in range(varied.vocab_size)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="\u2581w0"))
+    decoders = tokenizers.decoders
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens([tokenizers.AddedToken("<|im_end|>", special=True)])
+    return Model(varied, varied_params, Tokenizer(backend, stop=(319,)))
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word(word_model):
+    """Prompt text and new text together are the text of all ids, in `text`, in `stream` and for a stop string."""
+    backend = word_model.tokenizer.backend
+    result = lsjax.generate(word_model, PROMPTS, NEW, DRAFTING)
+    for row, prompt in enumerate(PROMPTS):
+        assert backend.decode(prompt) + result.text[row] == backend.decode([*prompt, *result.tokens[row]])
+        pieces = lsjax.stream(word_model, prompt, NEW, DRAFTING)
+        assert "".join(piece.text for piece in pieces) == result.text[row]
+    first = backend.decode(result.tokens[0][:1])
+    stopped = lsjax.generate(word_model, PROMPTS[:1], NEW, DRAFTING, stop=f" {first}")
+    assert (stopped.text, stopped.tokens) == ([""], [result.tokens[0][:1]])
+
+
+def test_a_stop_string_that_is_a_special_token_stops_at_the_token(word_model):
+    """Texts leave special tokens out, so the string itself would never match."""
+    plain = lsjax.generate(word_model, [[SPECIAL + 1]], NEW).tokens[0]
+    words = {f"\u2581w{i}" if i != plain[3] else "<|im_end|>": i for i in range(word_model.config.vocab_size)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="\u2581w1"))
+    backend.add_special_tokens([tokenizers.AddedToken("<|im_end|>", special=True)])
+    model = Model(word_model.config, word_model.params, Tokenizer(backend, stop=(319,)))
+    result = lsjax.generate(model, [[SPECIAL + 1]], NEW, stop=["<|im_end|>", "never"])
+    end = plain.index(plain[3]) + 1
+    assert result.tokens[0] == plain[:end]
+    assert result.stats[0]["finish_reason"] == "stop"

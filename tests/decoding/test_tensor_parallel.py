@@ -7,9 +7,11 @@ import pytest
 import lsjax
 from lsjax.data.tokenizer import train_tokenizer
 from lsjax.errors import UserError
-from lsjax.interop.huggingface import write_huggingface
+from lsjax.io.huggingface import write_huggingface
 from pallas_kernels.kv_cache import interface as kv_cache
-from tests.kernels.interpreted import simulated_gpu
+from tests.helpers.interpreted import simulated_gpu
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = [[5, 9, 2], [300, 17, 41, 8, 250, 33, 12, 77, 5, 6, 7], [1]]
 REPEATED = [[7, 8, 9] * 4, *PROMPTS]
@@ -36,7 +38,7 @@ def test_tokens_equal_those_of_one_device(folder, strategy):
 
 
 def test_copied_drafts_change_nothing_but_speed(folder):
-    """Those that are judged and those accepted are one device's, too; some are."""
+    """The drafts judged and the drafts accepted equal those on one device, and some are accepted."""
     alone, split = lsjax.load(folder), lsjax.load(folder, tensor=2)
     strategy = lsjax.SelfSpeculative(2, 2, lookup=4)
     expected, found = (lsjax.generate(model, REPEATED, 40, strategy) for model in (alone, split))
@@ -47,7 +49,7 @@ def test_copied_drafts_change_nothing_but_speed(folder):
 
 
 def test_kernels_on_each_device_give_the_same_tokens(folder, monkeypatch):
-    """In Pallas' interpreter: rounds of drafts and of copies, and prompts that wait for a row."""
+    """Pallas' interpreter runs rounds of drafts and of copies, and prompts that wait for a place."""
     alone, split = lsjax.load(folder), lsjax.load(folder, tensor=2)
     strategy = lsjax.SelfSpeculative(2, 3, lookup=4)
     expected = lsjax.generate(alone, REPEATED, 16, strategy)
@@ -60,19 +62,20 @@ def test_kernels_on_each_device_give_the_same_tokens(folder, monkeypatch):
 
 
 def test_weights_and_cache_are_split(folder):
-    """By heads, feed-forward and vocabulary; and the loop gathers no weight and no cache: only rows of D or V."""
-    from lsjax.decoding.programs import DecodeShape, lower_decoding
-    from lsjax.scale import hlo
-    from lsjax.scale.collectives import collectives
+    """They are split by heads, feed-forward and vocabulary; the loop gathers no weight and no cache, only rows of D or
+    V."""
+    from lsjax.aot import hlo
+    from lsjax.aot.collectives import collectives
+    from lsjax.decoding.lowering import DecodeShape, lower_decoding
 
     model = lsjax.load(folder, tensor=2)
-    weights = model.decoder_weights
+    weights = model.decoder_weights()
     whole = ("final_norm", "attention_norm", "feed_forward_norm")
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
         split = leaf.addressable_shards[0].data.size < leaf.size
         assert split != any(name in jax.tree_util.keystr(path) for name in whole), path
     layout = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
-    shape = DecodeShape(rows=2, bucket=16, capacity=64, room=32, stops=1)
+    shape = DecodeShape(batch_size=2, padded_prompt_length=16, capacity=64, buffer_size=32, num_stop_tokens=1)
     _, loop = lower_decoding(layout, model.config, lsjax.SelfSpeculative(2, 3), shape)
     compiled = loop.compile()
     caches = compiled.output_shardings.cache

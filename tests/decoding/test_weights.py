@@ -1,4 +1,4 @@
-"""Weights held once for decoding: bit by bit those made of the parameters, and the parameters made of them again."""
+"""Weights held once for decoding equal, bit by bit, those made of the parameters; and the other way round."""
 
 import json
 
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import lsjax
-from lsjax.convert import convert
 from lsjax.data.tokenizer import train_tokenizer
-from lsjax.interop.huggingface import write_huggingface
+from lsjax.io.convert import convert
+from lsjax.io.huggingface import write_huggingface
 from tests.conftest import TINY, VARIED, random_params
 
 PROMPTS = [[5, 9, 2], [300, 17, 41, 8, 250, 33]]
@@ -41,18 +41,20 @@ def test_the_same_weights_and_the_same_parameters(path, tensor, weights):
     made = lsjax.load(path, tensor=tensor)
     made = lsjax.quantize(made) if weights else made
     held = lsjax.load(path, tensor=tensor, weights=weights, for_decoding=True)
-    assert_same(held.decoder_weights, made.decoder_weights)
+    assert_same(held.decoder_weights(), made.decoder_weights())
     assert held.in_int8 == made.in_int8 == bool(weights)
-    assert_same(held.params, made.params)
+    assert_same(held.stack_params(), made.params)
 
 
 def test_it_decodes_as_any_other(path):
-    """`params` are there, too, and int8 drafts made of a few layers."""
+    """`stack_params` gives its parameters, and int8 drafts are made of a few of its layers."""
     made, held = lsjax.load(path), lsjax.load(path, for_decoding=True)
     found, expected = (lsjax.generate(model, PROMPTS, 8, DRAFTING) for model in (held, made))
     assert found.tokens == expected.tokens
     assert [s["accepted"] for s in found.stats] == [s["accepted"] for s in expected.stats]
-    np.testing.assert_array_equal(*(lsjax.forward(model.params, [PROMPTS[0]], model.config) for model in (held, made)))
+    np.testing.assert_array_equal(
+        *(lsjax.forward(model.stack_params(), [PROMPTS[0]], model.config) for model in (held, made))
+    )
     assert_same(lsjax.quantize(held).params, lsjax.quantize(made).params)
 
 
@@ -80,7 +82,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_a_checkpoint_of_another_shape_is_named(tmp_path):
-    """Fewer layers than the checkpoint has would decode, as another model."""
+    """Fewer layers than the checkpoint has would decode too, as another model."""
     (tmp_path / "hf").mkdir()
     write_huggingface(tmp_path / "hf", TINY, random_params(TINY), train_tokenizer(["some text"], 300))
     convert(tmp_path / "hf", tmp_path / "run", "lsjax")

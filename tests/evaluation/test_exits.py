@@ -1,17 +1,23 @@
-"""The exit profile against float64 numpy, and the tables and picture made of it."""
+"""The exit profile against float64 numpy, and the tables and figures made from it."""
 
 import jax
 import numpy as np
+import pytest
 
 from lsjax.evaluation.exits import ExitProfile, exit_profile
-from lsjax.evaluation.figures import draw_comparison, draw_run
-from lsjax.evaluation.tables import comparison_table, decoding_table, exit_table, print_table
-from lsjax.scale.sharding import make_mesh
-from tests import numpy_llama
-from tests.layerskip.test_loss import batch  # noqa: F401 (fixture)
+from lsjax.parallel.sharding import make_mesh
+from lsjax.reports.figures import draw_before_and_after, draw_comparison
+from lsjax.reports.tables import comparison_table, decoding_table, print_table
+from tests.helpers import numpy_llama
+from tests.helpers.batches import weighted_batch
 
 
-def test_profile_equals_numpy(tiny, tiny_params, batch):  # noqa: F811
+@pytest.fixture(scope="module")
+def batch():
+    return weighted_batch()
+
+
+def test_profile_equals_numpy(tiny, tiny_params, batch):
     profile = exit_profile(tiny_params, [batch, batch], tiny)
     loss, right, agree, count = np.zeros(4), np.zeros(4), np.zeros(4), 0
     for row in range(2):
@@ -29,8 +35,8 @@ def test_profile_equals_numpy(tiny, tiny_params, batch):  # noqa: F811
     np.testing.assert_allclose(profile.agreement, agree / count)
 
 
-def test_some_exits_are_those_of_all(tiny, tiny_params, batch):  # noqa: F811
-    """A stride leaves exits out, the last one never, and changes no number of the others."""
+def test_some_exits_are_those_of_all(tiny, tiny_params, batch):
+    """Checks that a stride leaves out exits but never the last one, and changes no number of the others."""
     every = exit_profile(tiny_params, [batch], tiny)
     for stride, exits in ((2, [2, 4]), (3, [3, 4]), (9, [4])):
         some = exit_profile(tiny_params, [batch], tiny, stride)
@@ -41,7 +47,6 @@ def test_some_exits_are_those_of_all(tiny, tiny_params, batch):  # noqa: F811
 
 def test_tables_and_picture_hold_the_numbers(tmp_path, capsys):
     profile = ExitProfile(np.array([2, 4]), np.array([3.5, 2.25]), np.array([0.1, 0.4]), np.array([0.6, 1.0]))
-    print_table(exit_table(profile))
     run = {
         "strategy": "self_speculative", "exit_layer": 1, "num_speculations": 4, "draft_weights": "int8", "lookup": 0,
         "batch_size": 1, "new_tokens": 64, "seconds": 1.0, "ms_per_token": 15.6, "tokens_per_second": 64.1,
@@ -55,7 +60,7 @@ def test_tables_and_picture_hold_the_numbers(tmp_path, capsys):
     }
     print_table(decoding_table(report))
     printed = capsys.readouterr().out
-    for text in ("2.250", "60.0%", "self_speculative, int8 drafts", "weights in bfloat16", "1.77", "81%", "4.20"):
+    for text in ("self_speculative, int8 drafts", "weights in bfloat16", "1.77", "81%", "4.20"):
         assert text in printed
     better = profile._replace(loss=profile.loss / 3)
     print_table(comparison_table({"before": profile, "after": better}))
@@ -63,15 +68,16 @@ def test_tables_and_picture_hold_the_numbers(tmp_path, capsys):
     assert ["│", "4", "│", "2.25", "│", "0.75", "│", "100.0%", "│", "100.0%", "│"] in rows
     draw_comparison(tmp_path / "both.png", {"before": profile, "after": better})
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
-    draw_run(tmp_path / "demo.png", profile, report, "a title")
+    trees = [{"profile": each._asdict(), "decoding": {"greedy": report, "T=0.8": report}} for each in (profile, better)]
+    draw_before_and_after(tmp_path / "demo.png", *trees, "a title")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["both.png", "demo.png"]
 
 
-def test_profile_is_the_same_over_eight_devices(tiny, tiny_params, batch):  # noqa: F811
+def test_profile_is_the_same_over_eight_devices(tiny, tiny_params, batch):
     from lsjax.config import MeshConfig
     from lsjax.data.batch import Batch
-    from lsjax.scale.sharding import batch_sharding
+    from lsjax.parallel.sharding import batch_sharding
     from lsjax.training.loop import put_batch
 
     eight = Batch(*(np.tile(column, (4, 1)) for column in batch))

@@ -1,4 +1,4 @@
-"""The GPU's attention to the cache, interpreted, against numpy in float64; what lies past a row's end is NaN."""
+"""The GPU's attention kernel, interpreted, against numpy in float64. Entries past the end of a sequence are NaN."""
 
 import collections
 import types
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.kv_cache import gpu_attend
-from pallas_kernels.kv_cache.gpu_attend import SPLIT, attend, partial_bytes, tiles
-from tests.kernels.expected import softmax_over
-from tests.kernels.interpreted import simulated_gpu
+from pallas_kernels.kv_cache.gpu_attend import SPLIT, attend, padded_queries, partial_bytes
+from tests.helpers.expected import softmax_over
+from tests.helpers.interpreted import simulated_gpu
 
-C = 2 * SPLIT + 40  # the last block is no whole one
+C = 2 * SPLIT + 40  # the last block is not a whole one
 
 
 def random(rng, *shape, dtype="float32"):
@@ -21,7 +21,7 @@ def random(rng, *shape, dtype="float32"):
 
 
 def filled(rng, heads, head_width, positions, tokens, capacity=C, dtype="float32"):
-    """Keys and values [B, K, C, H], NaN where nothing was written."""
+    """Returns keys and values [B, K, C, H], NaN where nothing was written."""
     caches = [random(rng, len(positions), heads, capacity, head_width, dtype=dtype) for _ in "kv"]
     for cache in caches:
         for b, position in enumerate(positions):
@@ -34,7 +34,7 @@ def run(q, k, v, positions):
         return np.asarray(jax.jit(lambda *arrays: attend(*arrays))(q, k, v, np.asarray(positions, np.int32)))
 
 
-# KV heads, queries a KV head, head width, tokens.
+# Number type, KV heads, queries per KV head, head width, tokens.
 SHAPES = [
     ("float32", 1, 1, 64, 1),
     ("float32", 3, 3, 64, 2),
@@ -60,7 +60,7 @@ def test_softmax_over_what_each_query_sees(dtype, heads, group, width, tokens):
 
 
 def test_any_length():
-    """Every position of a block of 64, around the end of a split."""
+    """Positions cover a block of 64 around the end of a split."""
     rng = np.random.default_rng(0)
     positions = [*range(SPLIT - 34, SPLIT + 30)]
     q, cache = random(rng, len(positions), 3, 1, 2, 64), filled(rng, 1, 64, positions, 3, capacity=SPLIT + 40)
@@ -68,7 +68,7 @@ def test_any_length():
 
 
 def test_a_token_that_overflowed_does_not_reach_those_before_it():
-    """Keys of a later token of the block may be no numbers; a cache's values always are."""
+    """Keys of a later token of the pass may be NaN or infinite; the values in a cache are always finite."""
     rng = np.random.default_rng(0)
     q, (k, v) = random(rng, 1, 3, 2, 2, 64), filled(rng, 2, 64, [300], 3)
     clean = run(q, k, v, [300])
@@ -78,15 +78,15 @@ def test_a_token_that_overflowed_does_not_reach_those_before_it():
 
 
 def test_large_scores():
-    """Scores of thousands: only differences to the highest count, also between splits."""
+    """Only differences to the highest count when scores are thousands, also between splits."""
     rng = np.random.default_rng(0)
     positions = [SPLIT + 100]
     q, cache = 100 * random(rng, 1, 2, 1, 2, 64), filled(rng, 1, 64, positions, 2)
     np.testing.assert_allclose(run(q, *cache, positions), softmax_over(q, *cache, positions), atol=1e-4, rtol=1e-4)
 
 
-def test_a_row_depends_neither_on_the_batch_nor_on_the_capacity():
-    """To the bit."""
+def test_a_result_depends_neither_on_the_batch_nor_on_the_capacity():
+    """The results are equal to the bit."""
     rng = np.random.default_rng(0)
     positions = [5, 300, 511]
     q, cache = random(rng, 3, 2, 3, 2, 64), filled(rng, 3, 64, positions, 2)
@@ -98,9 +98,12 @@ def test_a_row_depends_neither_on_the_batch_nor_on_the_capacity():
         np.testing.assert_array_equal(run(q[b : b + 1], *longer, [position])[0], together[b])
 
 
-def test_only_a_rows_own_entries_are_read_and_nothing_else_is_touched(monkeypatch):
-    """Numbers loaded and stored, counted: the cache's entries once for each KV head; of splits that hold something what
-    they wrote, which is what partial_bytes says; and nothing for queries that only fill up a tile."""
+def test_only_filled_entries_are_read_and_nothing_else_is_touched(monkeypatch):
+    """Counts the numbers that are loaded and stored.
+
+    The filled entries of the cache are read once per KV head. The partial results are written and read once, only for
+    splits that hold something, as partial_bytes says. Nothing is loaded or stored for queries that are padding.
+    """
     touched, triton = collections.Counter(), gpu_attend.triton
 
     def count(what, ref, mask):
@@ -145,9 +148,9 @@ def test_float32_is_not_rounded_in_the_matrix_units():
         assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == exact
 
 
-def test_tiles_of_queries():
-    """Powers of two; 16 rows of a matmul at the least."""
-    assert tiles(1, 1) == (16, 1)
-    assert tiles(5, 4) == (8, 4)
-    assert tiles(2, 3) == (4, 4)
-    assert tiles(16, 8) == (16, 8)
+def test_padded_queries():
+    """Both are powers of two, and a matmul has at least 16 rows."""
+    assert padded_queries(1, 1) == (16, 1)
+    assert padded_queries(5, 4) == (8, 4)
+    assert padded_queries(2, 3) == (4, 4)
+    assert padded_queries(16, 8) == (16, 8)

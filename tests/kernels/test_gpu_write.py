@@ -1,4 +1,4 @@
-"""The GPU's cache write, interpreted: exactly the entries it should, bit by bit."""
+"""The GPU's write kernel, interpreted, changes exactly the entries that it should, to the bit."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels.kv_cache.gpu_write import write
-from tests.kernels.interpreted import simulated_gpu
+from tests.helpers.interpreted import simulated_gpu
 
 C = 72
 
 
 def random(rng, *shape, dtype):
-    """Any numbers, and such as are none."""
+    """Returns random numbers, some of them NaN or infinite."""
     values = rng.normal(size=shape).astype(np.float32)
     values[rng.random(shape) < 0.02] = np.nan
     values[rng.random(shape) < 0.02] = -np.inf
@@ -20,7 +20,7 @@ def random(rng, *shape, dtype):
 
 
 def written(cache, new, positions, keep=lambda values: values):
-    """Entry by entry."""
+    """Returns the cache after a write, made entry by entry."""
     expected = np.array(cache)
     for b, position in enumerate(positions):
         for t in range(new.shape[1]):
@@ -42,15 +42,18 @@ def bits(a) -> np.ndarray:
     ("dtype", "tokens", "heads", "width"),
     [("float32", 1, 1, 64), ("float32", 5, 3, 128), ("bfloat16", 16, 2, 128), ("bfloat16", 3, 32, 64)],
 )
-def test_entries_of_every_row_at_its_position(dtype, tokens, heads, width):
-    """Keys as they come; values that are not finite as 0. What lies beside them keeps its bits, numbers or not."""
+def test_entries_of_every_sequence_at_its_position(dtype, tokens, heads, width):
+    """Keys are stored unchanged, non-finite values as 0. All other entries keep their bits, even NaN."""
     rng = np.random.default_rng(tokens)
     positions = [0, 31, 32, 63 - tokens, C - tokens]
     k, v = (random(rng, len(positions), heads, C, width, dtype=dtype) for _ in "kv")
     new_k, new_v = (random(rng, len(positions), tokens, heads, width, dtype=dtype) for _ in "kv")
     after_k, after_v = run(k, v, new_k, new_v, positions)
     np.testing.assert_array_equal(bits(after_k), bits(written(k, new_k, positions)))
-    finite = lambda values: np.where(np.isfinite(values.astype(np.float32)), values, np.zeros_like(values))  # noqa: E731
+
+    def finite(values):
+        return np.where(np.isfinite(values.astype(np.float32)), values, np.zeros_like(values))
+
     np.testing.assert_array_equal(bits(after_v), bits(written(v, new_v, positions, finite)))
 
 
@@ -64,7 +67,7 @@ def test_new_tokens_of_another_type():
 
 
 def test_a_position_past_the_capacity_is_the_last_one():
-    """As jax.lax.dynamic_update_slice has it: nothing outside the cache is touched."""
+    """Positions are clamped as in jax.lax.dynamic_update_slice, so nothing outside the cache is touched."""
     rng = np.random.default_rng(0)
     k, v = (rng.normal(size=(2, 1, C, 64)).astype(np.float32) for _ in "kv")
     new_k, new_v = (rng.normal(size=(2, 3, 1, 64)).astype(np.float32) for _ in "kv")

@@ -1,5 +1,8 @@
-"""A KV cache in int8, by plain JAX and by kernels that are simulated or interpreted: what is stored against the formula
-in numpy, bit by bit; what is attended to against softmax in float64 over the numbers that are stored."""
+"""An int8 KV cache, by plain JAX and by simulated or interpreted kernels.
+
+What is stored is compared with the formula in numpy, to the bit. Attention is compared with a softmax in float64 over
+the numbers that are stored.
+"""
 
 import collections
 import types
@@ -12,8 +15,8 @@ import pytest
 from pallas_kernels.kv_cache import gpu_attend, gpu_write, reference, tpu_attend, tpu_write
 from pallas_kernels.kv_cache.int8 import Int8, dequantize, quantize
 from pallas_kernels.kv_cache.reference import LayerCache
-from tests.kernels.expected import softmax_over
-from tests.kernels.interpreted import simulated_gpu, simulated_tpu
+from tests.helpers.expected import softmax_over
+from tests.helpers.interpreted import simulated_gpu, simulated_tpu
 
 SPLIT = tpu_attend.SPLIT
 C = 2 * SPLIT + 128
@@ -23,14 +26,14 @@ def normal(rng, *shape, dtype="float32"):
     return np.array(jnp.asarray(rng.normal(size=shape), dtype))
 
 
-def with_no_numbers(rng, *shape, dtype="float32"):
+def with_non_finite(rng, *shape, dtype="float32"):
     x = rng.normal(size=shape)
     x[0, 0], x[1, 0, :, 3], x[2, 0, :, 5] = 0, np.nan, -np.inf
     return np.array(jnp.asarray(x, dtype))
 
 
 def rounded(x) -> Int8:
-    """The formula in float32."""
+    """Returns the int8 values and scales of x by the formula, in float32."""
     x = np.asarray(x, np.float32)
     largest = np.maximum(np.abs(finite(x)).max(-1), np.float32(1e-30))
     ratio = finite(x) * (np.float32(127) / largest)[..., None]
@@ -44,7 +47,7 @@ def finite(x):
 
 
 def held(rng, rows, heads, capacity, width) -> LayerCache:
-    """Any numbers; of the scales some are none."""
+    """Returns an int8 cache with random values and scales."""
     sides = []
     for _ in "kv":
         scale = rng.uniform(0.005, 0.03, (rows, heads, capacity)).astype(np.float32)
@@ -54,19 +57,19 @@ def held(rng, rows, heads, capacity, width) -> LayerCache:
 
 
 def spoilt(cache: LayerCache, ends, scale=np.nan) -> LayerCache:
-    """Past each row's end."""
+    """Returns the cache with `scale` in place of every scale past the end of its sequence."""
     past = np.arange(cache.k.scale.shape[2])[None, None] >= np.reshape(ends, (-1, 1, 1))
     return LayerCache(*(Int8(side.values, np.where(past, np.float32(scale), side.scale)) for side in cache))
 
 
 def packed(cache: LayerCache) -> Int8:
-    """As the TPU's kernels have it."""
+    """Returns a cache in the layout of the TPU kernels."""
     (k, k_scale), (v, v_scale) = cache
     return Int8(np.concatenate([k, v], axis=3), np.stack([k_scale, v_scale], axis=2))
 
 
 def written(cache: LayerCache, k, v, positions) -> LayerCache:
-    """Entry by entry: values that are no numbers as 0."""
+    """Returns the cache after a write, made entry by entry, with 0 for non-finite values."""
     cache, new = jax.tree.map(np.array, cache), (rounded(k), rounded(finite(v)))
     for b, t in np.ndindex(k.shape[:2]):
         for side, (values, scale) in zip(cache, new, strict=True):
@@ -80,7 +83,7 @@ def assert_same_bits(ours, theirs):
 
 
 def test_rounding():
-    """To the nearest of 255 numbers, the largest of them exactly; of any size; zeros stay zeros."""
+    """Rounding is to the nearest of 255 numbers, the largest exactly, at any magnitude. Zeros stay zeros."""
     x = normal(np.random.default_rng(0), 50, 3, 64) * np.logspace(-45, 30, 50)[:, None, None].astype(np.float32)
     x[40, 1] = 0
     ours = jax.jit(quantize)(x)
@@ -95,7 +98,7 @@ def test_rounding():
 
 
 def write(platform, cache: LayerCache, k, v, positions):
-    """In the layout of the platform."""
+    """Writes with the platform's kernel, and returns the cache in the platform's layout."""
     positions = np.asarray(positions, np.int32)
     if platform == "plain":
         return jax.jit(reference.write)(cache, k, v, positions)
@@ -120,11 +123,11 @@ def write(platform, cache: LayerCache, k, v, positions):
         ("tpu", "bfloat16", 3, 128, 16),
     ],
 )
-def test_new_entries_rounded_and_all_others_bit_by_bit(platform, dtype, heads, width, tokens):
+def test_new_entries_are_rounded_and_all_others_keep_their_bits(platform, dtype, heads, width, tokens):
     rng, capacity = np.random.default_rng(tokens), 256
     positions = [0, 31, 127, 63 - tokens, 128 - tokens, capacity - tokens]
     cache = spoilt(held(rng, len(positions), heads, capacity, width), [100] * len(positions))
-    k, v = (with_no_numbers(rng, len(positions), tokens, heads, width, dtype=dtype) for _ in "kv")
+    k, v = (with_non_finite(rng, len(positions), tokens, heads, width, dtype=dtype) for _ in "kv")
     expected = written(cache, k, v, positions)
     assert not np.isfinite(expected.k.scale[1:3, :, [31, 127]]).any(axis=1).all()
     assert np.isfinite(expected.v.scale[1:3, :, :100]).all()
@@ -132,9 +135,10 @@ def test_new_entries_rounded_and_all_others_bit_by_bit(platform, dtype, heads, w
     assert_same_bits(after, packed(expected) if platform == "tpu" else expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 5, 16])
 def test_every_residue_of_the_tiles_of_a_tpu(tokens):
-    """32 entries of numbers; of 128 entries of scales those around both ends."""
+    """Positions cover a tile of 32 entries, and both ends of a tile of 128 scales."""
     rng, capacity = np.random.default_rng(tokens), 384
     positions = [*range(33), *range(128 - tokens - 1, 130), *range(250, 256), capacity - tokens]
     cache = spoilt(held(rng, len(positions), 1, capacity, 64), [200] * len(positions))
@@ -143,7 +147,7 @@ def test_every_residue_of_the_tiles_of_a_tpu(tokens):
 
 
 def test_windows_of_a_tpu_begin_at_tiles(monkeypatch):
-    """Which the simulation does not ask for, and the compiler takes on trust."""
+    """The simulation does not check this, and the compiler takes it on trust."""
     starts = collections.defaultdict(set)
 
     def checked(start, tile):
@@ -164,16 +168,16 @@ def test_a_position_past_the_capacity_is_the_last_one(platform):
     cache, (k, v) = held(rng, 2, 1, 256, 64), (normal(rng, 2, 3, 1, 64) for _ in "kv")
     expected = written(cache, k, v, [253, 0])
     after = write(platform, cache, k, v, [261, -2])
-    if platform == "plain":  # of which a negative one counts from the end
+    if platform == "plain":  # where a negative position counts from the end
         after, expected = (jax.tree.map(lambda a: a[:1], cache) for cache in (after, expected))
     assert_same_bits(after, packed(expected) if platform == "tpu" else expected)
 
 
-def test_rows_of_a_tpu_in_groups(monkeypatch):
-    """Six rows whose windows, of numbers and of scales, fit into VMEM two at a time."""
+def test_a_tpu_writes_sequences_in_groups(monkeypatch):
+    """VMEM holds the windows (numbers and scales) of two out of six sequences at a time."""
     window = 32 * 128 + 2 * 128 * 4
     monkeypatch.setattr("pallas_kernels.kv_cache.tpu_write._GROUP_BYTES", 2 * window)
-    assert [tpu_write._group(6, window + more) for more in (0, 1)] == [2, 1]
+    assert [tpu_write._group_size(6, window + more) for more in (0, 1)] == [2, 1]
     rng, positions = np.random.default_rng(0), [7, 0, 90, 33, 8, 64]
     cache, (k, v) = held(rng, 6, 1, 256, 64), (normal(rng, 6, 1, 1, 64) for _ in "kv")
     assert_same_bits(write("tpu", cache, k, v, positions), packed(written(cache, k, v, positions)))
@@ -191,7 +195,7 @@ def attend(platform, q, cache: LayerCache, positions):
 
 
 def expected(q, cache: LayerCache, positions):
-    """Over what the stored numbers stand for."""
+    """Returns attention over the numbers that the stored values and scales represent."""
     return softmax_over(q, *(a.values * a.scale[..., None].astype(np.float64) for a in cache), positions)
 
 
@@ -210,7 +214,7 @@ def expected(q, cache: LayerCache, positions):
     ],
 )
 def test_softmax_over_what_each_query_sees(platform, dtype, heads, group, width, tokens):
-    """Scales past a row's end are no numbers (in plain JAX huge: its caches hold finite values always)."""
+    """Scales past the end are NaN, or huge for plain JAX, whose caches always hold finite values."""
     rng = np.random.default_rng(tokens)
     positions = [0, 77, SPLIT - tokens, SPLIT - 1, SPLIT, C - tokens]
     q = normal(rng, len(positions), tokens, heads, group, width, dtype=dtype)
@@ -237,8 +241,8 @@ def test_a_token_that_overflowed_does_not_reach_those_before_it(platform):
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_a_row_depends_neither_on_the_batch_nor_on_the_capacity(platform):
-    """To the bit."""
+def test_a_result_depends_neither_on_the_batch_nor_on_the_capacity(platform):
+    """The results are equal to the bit."""
     rng, positions = np.random.default_rng(0), [300, 511]
     q, cache = normal(rng, 2, 2, 2, 2, 64), held(rng, 2, 2, C, 64)
     together = attend(platform, q, cache, positions)
@@ -249,7 +253,7 @@ def test_a_row_depends_neither_on_the_batch_nor_on_the_capacity(platform):
         np.testing.assert_array_equal(attend(platform, q[b : b + 1], longer, [position])[0], together[b])
 
 
-def test_a_gpu_reads_the_scales_of_a_rows_own_entries_alone(monkeypatch):
+def test_a_gpu_reads_the_scales_of_filled_entries_alone(monkeypatch):
     loaded, triton = collections.Counter(), gpu_attend.triton
 
     def load(ref, *, mask, other):
@@ -265,6 +269,6 @@ def test_a_gpu_reads_the_scales_of_a_rows_own_entries_alone(monkeypatch):
     attend("gpu", q, held(rng, 2, heads, C, width), positions)
     jax.effects_barrier()
     entries = 2 * heads * sum(position + tokens for position in positions)
-    splits_and_queries = 2 * 3 * heads * tokens  # the maxima and sums that are combined are of one axis too
+    splits_and_queries = 2 * 3 * heads * tokens  # the maxima and sums that are combined have one axis as well
     assert loaded["int8", 2] == entries * width
     assert loaded["float32", 1] == entries + splits_and_queries

@@ -1,4 +1,4 @@
-"""One KV cache, several ways to write and read it: which is chosen, and that each does what plain JAX does."""
+"""Which implementation of the KV cache is chosen, and that each does what plain JAX does."""
 
 import dataclasses
 import logging
@@ -9,19 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lsjax.decoding.forward import decoder_weights
 from lsjax.decoding.loops import Pause
-from lsjax.decoding.passes import decoder_weights
-from lsjax.decoding.programs import DecodeShape, choose_kernels, lower_decoding
-from lsjax.decoding.rules import Greedy
+from lsjax.decoding.lowering import DecodeShape, choose_kernels, lower_decoding
+from lsjax.decoding.sampling import Greedy
 from lsjax.decoding.strategies import Autoregressive, SelfSpeculative
 from pallas_kernels.kv_cache import gpu, tpu, triton_backend
 from pallas_kernels.kv_cache import interface as kv_cache
 from tests.conftest import TINY, random_params
-from tests.kernels.interpreted import UNWATCHED, simulated_gpu, simulated_tpu
+from tests.helpers.interpreted import SIMULATED
 
-SIMULATED = {"tpu": lambda: simulated_tpu(UNWATCHED), "gpu": simulated_gpu}
-FEWER_BUT_MORE = "kernels would move 0.92 times the bytes in 2 more kernels a layer"
-USE = kv_cache.Use(2, 8, 128, capacity=4096, mean_length=1024, tokens=5, dtype=jnp.bfloat16)
+FEWER_BUT_MORE = "kernels would move 0.92 times the bytes in 2 more kernels per layer"
+USE = kv_cache.CacheUse(2, 8, 128, capacity=4096, mean_length=1024, tokens=5, dtype=jnp.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -30,8 +29,8 @@ USE = kv_cache.Use(2, 8, 128, capacity=4096, mean_length=1024, tokens=5, dtype=j
         ("auto", "tpu", {}, "tpu"),
         ("auto", "tpu", {"dtype": jnp.int8}, "tpu"),
         ("on", "gpu", {"dtype": jnp.int8, "head_width": 32}, "gpu"),
-        # One row: in int8 plain JAX starts more kernels.
-        ("auto", "gpu", {"dtype": jnp.int8, "rows": 1, "capacity": 1152}, "gpu"),
+        # One sequence: in int8, plain JAX starts more kernels than the kernels do.
+        ("auto", "gpu", {"dtype": jnp.int8, "batch_size": 1, "capacity": 1152}, "gpu"),
         (
             "auto",
             "tpu",
@@ -43,24 +42,39 @@ USE = kv_cache.Use(2, 8, 128, capacity=4096, mean_length=1024, tokens=5, dtype=j
         ("on", "cpu", {}, "plain (no kernels for cpu)"),
         ("auto", "gpu", {}, "gpu"),
         ("on", "gpu", {}, "gpu"),
-        ("on", "gpu", {"head_width": 96}, "plain (no GPU kernels for head width 96, only 32, 64, 128)"),
-        ("on", "gpu", {"tokens": 17}, "plain (no GPU kernels for 17 tokens a pass, at most 16)"),
-        ("on", "gpu", {"tokens": 9, "group": 9}, "plain (no GPU kernels for 9 tokens of 9 query heads a KV head)"),
-        ("on", "gpu", {"dtype": jnp.float16}, "plain (no GPU kernels for float16)"),
-        # One row: two kernels more a layer, for 128 empty entries or for 3,072.
+        ("on", "gpu", {"head_width": 96}, "plain (no GPU kernels for head width 96, only for 32, 64, 128)"),
+        ("on", "gpu", {"tokens": 17}, "plain (no GPU kernels for 17 tokens per pass, only for up to 16)"),
+        (
+            "on",
+            "gpu",
+            {"tokens": 9, "group": 9},
+            "plain (no GPU kernels for 9 tokens per pass with 9 query heads per KV head)",
+        ),
+        (
+            "on",
+            "gpu",
+            {"dtype": jnp.float16},
+            "plain (no GPU kernels for float16, only for float32, bfloat16 and int8)",
+        ),
+        # One sequence: two more kernels per layer, to save 128 empty entries, or 3,072.
         (
             "auto",
             "gpu",
-            {"rows": 1, "capacity": 1152},
-            "plain (kernels would move 0.92 times the bytes in 2 more kernels a layer)",
+            {"batch_size": 1, "capacity": 1152},
+            "plain (kernels would move 0.92 times the bytes in 2 more kernels per layer)",
         ),
-        ("auto", "gpu", {"rows": 1, "capacity": 4096}, "gpu"),
-        # Nearly full: what the splits leave to be combined is more than what is not read.
+        ("auto", "gpu", {"batch_size": 1, "capacity": 4096}, "gpu"),
+        # Nearly full: the partial results of the splits are more than the entries that are not read.
         ("auto", "gpu", {"capacity": 1024, "mean_length": 1020}, "plain (kernels would move 1.04 times the bytes)"),
-        ("on", "tpu", {"head_width": 96}, "plain (no TPU kernels for head width 96, which is no multiple of 64)"),
-        ("on", "tpu", {"tokens": 17}, "plain (no TPU kernels for 17 tokens a pass, at most 16)"),
-        ("on", "tpu", {"dtype": jnp.float16}, "plain (no TPU kernels for float16)"),
-        # Short, or nearly full: what the kernels read in whole blocks is no less.
+        ("on", "tpu", {"head_width": 96}, "plain (no TPU kernels for head width 96, only for multiples of 64)"),
+        ("on", "tpu", {"tokens": 17}, "plain (no TPU kernels for 17 tokens per pass, only for up to 16)"),
+        (
+            "on",
+            "tpu",
+            {"dtype": jnp.float16},
+            "plain (no TPU kernels for float16, only for float32, bfloat16 and int8)",
+        ),
+        # Short, or nearly full: reading whole blocks saves nothing.
         ("auto", "tpu", {"capacity": 128, "mean_length": 100}, "plain (kernels would move 2.41 times the bytes)"),
         ("on", "tpu", {"capacity": 128, "mean_length": 100}, "tpu"),
         ("auto", "tpu", {"capacity": 1024, "mean_length": 1020}, "plain (kernels would move 1.06 times the bytes)"),
@@ -71,14 +85,17 @@ def test_choice(setting, platform, change, expected):
 
 
 def test_bytes():
-    """Counted by hand: 2 rows x 8 heads x (1024 entries, and twice 2 tiles of 16) x 2 x 128 numbers of 2 bytes."""
+    """Counted by hand: 2 sequences x 8 heads x (1024 entries + twice 2 tiles of 16) x 2 x 128 numbers of 2 bytes."""
     assert sum(tpu.bytes_moved(USE)) == 2 * 8 * (1024 + 2 * 32) * 2 * 128 * 2
     assert sum(tpu.bytes_moved(USE._replace(mean_length=1025))) == 2 * 8 * (1280 + 2 * 32) * 2 * 128 * 2
 
 
 def test_bytes_in_int8():
-    """As above, of 2 x 128 numbers of a byte and 2 scales of 4; on TPU twice 2 tiles of 32 entries, of 128 for scales,
-    5 tokens may reach into, and a capacity in tiles of scales."""
+    """Counted as above, with 2 x 128 numbers of one byte and 2 scales of 4 bytes per entry.
+
+    On TPU, 5 tokens may touch 2 tiles of 32 entries (128 for scales), read and written back, and the capacity is a
+    multiple of a tile of scales.
+    """
     use = USE._replace(dtype=jnp.int8)
     entry = 2 * 8 * (2 * 128 + 2 * 4)
     assert kv_cache.KERNELS["plain"].bytes_moved(use) == (5 * entry, 4096 * entry)
@@ -89,8 +106,11 @@ def test_bytes_in_int8():
 
 
 def test_bytes_on_gpu():
-    """2 rows x 8 heads x 1024 + 5 entries, of 2 x 128 numbers of 2 bytes; and, written and read, of 4 splits x 5 tokens
-    x 3 heads 128 values, a maximum and a sum in float32."""
+    """Counted by hand: 2 sequences x 8 heads x (1024 + 5) entries of 2 x 128 numbers of 2 bytes.
+
+    To these come the partial results, written and read: 4 splits x 5 tokens x 3 heads x (128 values, a maximum and a
+    sum) in float32.
+    """
     moved = 2 * 8 * (1024 + 5) * 2 * 128 * 2 + 2 * 2 * 8 * 4 * 5 * 3 * (128 + 2) * 4
     assert sum(gpu.bytes_moved(USE._replace(group=3))) == moved
     assert gpu.entries_read(USE) == 1024
@@ -101,22 +121,22 @@ def test_bytes_on_gpu():
     [
         ("8.0", None),
         ("9.0", None),
-        ("7.5", "no GPU kernels for compute capability 7.5, only 8.0 and 9.0"),
-        ("gfx942", "no GPU kernels for compute capability gfx942, only 8.0 and 9.0"),
+        ("7.5", "no GPU kernels for compute capability 7.5, only for 8.0 and 9.0"),
+        ("gfx942", "no GPU kernels for compute capability gfx942, only for 8.0 and 9.0"),
     ],
 )
-def test_only_gpus_that_they_were_compiled_for(monkeypatch, capability, reason):
+def test_only_gpus_that_the_kernels_were_compiled_for(monkeypatch, capability, reason):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
-    assert gpu.why_not(USE) == reason
+    assert gpu.unsupported_reason(USE) == reason
 
 
 def test_a_jax_without_pallas_for_triton_has_no_gpu_kernels(monkeypatch):
     monkeypatch.setattr(triton_backend, "triton", None)
-    assert gpu.why_not(USE) == f"no GPU kernels in jax {jax.__version__}, which has no Pallas for Triton"
+    assert gpu.unsupported_reason(USE) == f"no GPU kernels in jax {jax.__version__}, which has no Pallas for Triton"
 
 
-def test_what_cannot_be_is_said_once(caplog):
+def test_unsupported_kernels_are_reported_once(caplog):
     weights = decoder_weights(random_params(TINY), jnp.float32)
     shape = DecodeShape(1, 16, 64, 32, 1)
     with caplog.at_level(logging.WARNING):
@@ -126,7 +146,7 @@ def test_what_cannot_be_is_said_once(caplog):
         for _ in range(2):
             assert choose_kernels("on", weights, TINY, Autoregressive(), shape, "tpu").name == kv_cache.PLAIN
     (record,) = caplog.records
-    assert record.getMessage().endswith("no TPU kernels for head width 8, which is no multiple of 64")
+    assert record.getMessage().endswith("no TPU kernels for head width 8, only for multiples of 64")
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 20])
@@ -135,7 +155,10 @@ def test_what_cannot_be_is_said_once(caplog):
 def test_the_same_cache_by_either(platform, dtype, tokens):
     """Filled, written and attended to; with more tokens than the kernels take, too."""
     rng = np.random.default_rng(tokens)
-    random = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+
+    def random(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     prompt, new, q = [random(2, 9, 3, 64)] * 2, [random(2, tokens, 3, 64) for _ in "kv"], random(2, tokens, 3, 2, 64)
     new[1][1, -1, 0, 3] = np.inf  # a value that overflowed is 0
     positions = np.array([9, 4], np.int32)
@@ -156,6 +179,7 @@ def test_the_same_cache_by_either(platform, dtype, tokens):
 DRAFTING = SelfSpeculative(1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("platform", "strategy", "cache"),
     [
@@ -168,7 +192,7 @@ DRAFTING = SelfSpeculative(1, 2)
     ids=str,
 )
 def test_decoding_by_either_gives_the_same_tokens(platform, strategy, cache):
-    """The whole of prefill and loop, rows of several lengths, kernels simulated (races are looked for elsewhere)."""
+    """Runs prefill and the loop on prompts of several lengths, kernels simulated (other tests look for races)."""
     config = dataclasses.replace(TINY, num_layers=2, head_width=64, tie_embeddings=False)
     weights = decoder_weights(random_params(config), jnp.float32)
     tokens = np.zeros((2, 16), np.int32)

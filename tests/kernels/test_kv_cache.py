@@ -1,4 +1,4 @@
-"""The plain-JAX KV cache against numpy, row by row."""
+"""The plain-JAX KV cache against numpy, entry by entry."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.kv_cache.reference import LayerCache, attend, init_layer_cache, write
-from tests.kernels.expected import softmax_over
+from tests.helpers.expected import softmax_over
 
 B, K, C, H = 3, 2, 24, 8
 
@@ -17,7 +17,7 @@ def filled(seed=0):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 16])
-def test_write_changes_exactly_the_rows_it_should(tokens):
+def test_write_changes_exactly_the_entries_it_should(tokens):
     old, rng = filled(), np.random.default_rng(1)
     k, v = (rng.normal(size=(B, tokens, K, H)).astype(np.float32) for _ in range(2))
     positions = np.array([0, 7, C - tokens], np.int32)
@@ -34,7 +34,7 @@ def test_write_changes_exactly_the_rows_it_should(tokens):
 @pytest.mark.parametrize("group", [1, 3])
 def test_attend_is_softmax_over_what_each_query_sees(tokens, group):
     positions = np.array([0, 5, C - tokens], np.int32)
-    # Whatever lies past the last query of a row has no weight, however large.
+    # Entries past the last query of a sequence have no weight, however large they are.
     stale = np.arange(C)[None, None, :, None] >= (positions + tokens)[:, None, None, None]
     cache = jax.tree.map(lambda a: jnp.where(stale, 1e30, a), filled())
     q = np.random.default_rng(2).normal(size=(B, tokens, K, group, H)).astype(np.float32)
@@ -45,8 +45,8 @@ def test_attend_is_softmax_over_what_each_query_sees(tokens, group):
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_token_that_overflowed_does_not_reach_those_before_it(poison):
-    """A wrong draft may; those before it in its block are attended to as if it were not there, and so are all later
-    blocks once its place is written anew."""
+    """A wrong draft may overflow. Tokens before it in the same pass get the result that they would get without it, and
+    so does every later pass, once its entry is overwritten."""
     rng = np.random.default_rng(3)
     k, v = (rng.normal(size=(B, 3, K, H)).astype(np.float32) for _ in range(2))
     q = rng.normal(size=(B, 3, K, 2, H)).astype(np.float32)
@@ -60,7 +60,7 @@ def test_a_token_that_overflowed_does_not_reach_those_before_it(poison):
 
 
 def test_bfloat16_scores_are_float32():
-    """Many equal keys: summed weights in bfloat16 would not add up to one."""
+    """Weights of many equal keys would not add up to one if they were summed in bfloat16."""
     cache = init_layer_cache(1, 1, 1000, 8, jnp.bfloat16)
     cache = LayerCache(cache.k, jnp.ones_like(cache.v))
     mixed = attend(jnp.ones((1, 2, 1, 1, 8), jnp.bfloat16), cache, jnp.array([990]))

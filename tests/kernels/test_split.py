@@ -1,4 +1,4 @@
-"""A cache whose heads are split over devices, kernels simulated on each: the same values, and nothing sent."""
+"""A cache whose heads are split over devices, with simulated kernels: the same values, and no communication."""
 
 import dataclasses
 import re
@@ -10,16 +10,19 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lsjax.config import MeshConfig
+from lsjax.decoding.forward import decoder_weights
 from lsjax.decoding.loops import Pause
-from lsjax.decoding.passes import decoder_weights
-from lsjax.decoding.programs import DecodeShape, cache_use, lower_decoding
-from lsjax.decoding.rules import Greedy
+from lsjax.decoding.lowering import DecodeShape, cache_use, lower_decoding
+from lsjax.decoding.sampling import Greedy
+from lsjax.decoding.shardings import kv_cache_sharding
 from lsjax.decoding.strategies import Autoregressive, SelfSpeculative
-from lsjax.scale.sharding import cache_sharding, make_mesh, tree_shardings
+from lsjax.parallel.sharding import make_mesh, tree_shardings
 from pallas_kernels.kv_cache import interface as kv_cache
 from pallas_kernels.kv_cache.split import SplitCache
 from tests.conftest import TINY, random_params
-from tests.kernels.test_interface import SIMULATED, USE
+from tests.helpers.interpreted import SIMULATED
+
+USE = kv_cache.CacheUse(2, 8, 128, capacity=4096, mean_length=1024, tokens=5, dtype=jnp.bfloat16)
 
 SENT = re.compile(r"all-(?:gather|reduce|to-all)|reduce-scatter|collective-permute")
 
@@ -32,18 +35,18 @@ def mesh():
 @pytest.mark.parametrize(
     ("setting", "platform", "change", "expected"),
     [
-        ("on", "tpu", {"devices": 2, "parts": 2}, "tpu"),
-        ("on", "gpu", {"devices": 8, "parts": 8}, "gpu"),
-        ("on", "tpu", {"devices": 3, "parts": 3}, "plain (no kernels for 8 KV heads split over 3 devices)"),
+        ("on", "tpu", {"devices": 2, "shards": 2}, "tpu"),
+        ("on", "gpu", {"devices": 8, "shards": 8}, "gpu"),
+        ("on", "tpu", {"devices": 3, "shards": 3}, "plain (no kernels for 8 KV heads split over 3 devices)"),
         ("on", "gpu", {"devices": 2}, "plain (no kernels for a cache in 1 part(s) on 2 devices)"),
-        ("auto", "tpu", {"devices": 2, "parts": 2}, "tpu"),
-        # A device's share: 8 heads' worth of empty entries pays for two more kernels, 2 heads' worth does not.
-        ("auto", "gpu", {"rows": 1}, "gpu"),
+        ("auto", "tpu", {"devices": 2, "shards": 2}, "tpu"),
+        # Per device: the empty entries of 8 heads outweigh two more kernels, those of 2 heads do not.
+        ("auto", "gpu", {"batch_size": 1}, "gpu"),
         (
             "auto",
             "gpu",
-            {"rows": 1, "devices": 4, "parts": 4},
-            "plain (kernels would move 0.26 times the bytes in 2 more kernels a layer)",
+            {"batch_size": 1, "devices": 4, "shards": 4},
+            "plain (kernels would move 0.26 times the bytes in 2 more kernels per layer)",
         ),
     ],
 )
@@ -51,14 +54,18 @@ def test_choice(setting, platform, change, expected):
     assert str(kv_cache.choose(setting, platform, USE._replace(**change))) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "dtype"), [(1, "float32"), (5, "float32"), (20, "float32"), (5, "int8"), (20, "int8")]
 )
 @pytest.mark.parametrize("platform", SIMULATED)
 def test_each_device_has_its_own_heads(platform, tokens, dtype, mesh):
-    """Filled, written and attended to, with more tokens than the kernels take, too: as plain JAX on one device."""
+    """Fill, write and attend equal plain JAX on one device, also with more tokens than the kernels take."""
     rng = np.random.default_rng(tokens)
-    random = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+
+    def random(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     prompt, new, q = [random(2, 9, 4, 64)] * 2, [random(2, tokens, 4, 64) for _ in "kv"], random(2, tokens, 4, 2, 64)
     positions = np.array([9, 4], np.int32)
 
@@ -71,7 +78,7 @@ def test_each_device_has_its_own_heads(platform, tokens, dtype, mesh):
     heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
     inputs = jax.device_put((q, prompt, new), heads)
     with SIMULATED[platform]():
-        program = jax.jit(lambda *inputs: attended(platform, cache_sharding(mesh), *inputs)).lower(*inputs).compile()
+        program = jax.jit(lambda *inputs: attended(platform, kv_cache_sharding(mesh), *inputs)).lower(*inputs).compile()
         mixed, cache = program(*inputs)
         assert not SENT.search(program.as_text())
         for leaf in jax.tree.leaves(cache):
@@ -84,6 +91,7 @@ def test_each_device_has_its_own_heads(platform, tokens, dtype, mesh):
 CONFIG = dataclasses.replace(TINY, num_layers=2, head_width=64, tie_embeddings=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("platform", "strategy", "numbers"),
     [
@@ -95,7 +103,7 @@ CONFIG = dataclasses.replace(TINY, num_layers=2, head_width=64, tie_embeddings=F
     ids=str,
 )
 def test_decoding_on_two_devices_gives_the_tokens_of_one(platform, strategy, numbers, mesh):
-    """The whole of prefill and loop, rows of several lengths."""
+    """Runs prefill and the loop on prompts of several lengths."""
     params = random_params(CONFIG)
     tokens, lengths = np.zeros((2, 16), np.int32), np.array([3, 12], np.int32)
     for row, length in enumerate(lengths):
@@ -114,7 +122,7 @@ def test_decoding_on_two_devices_gives_the_tokens_of_one(platform, strategy, num
     alone = decoded("plain", params)
     split = jax.device_put(params, tree_shardings(params, mesh))
     use = cache_use(split, CONFIG, strategy, DecodeShape(2, 16, 64, 16, 1))
-    assert (use.devices, use.parts) == (2, 2)
+    assert (use.devices, use.shards) == (2, 2)
     with SIMULATED[platform]():
         found = decoded(platform, split)
     assert (alone.emitted == 8).all()

@@ -1,4 +1,4 @@
-"""The TPU's attention to the cache, simulated, against numpy in float64; what lies past a row's end is NaN."""
+"""The TPU's attention kernel, simulated, against numpy in float64. Entries past the end of a sequence are NaN."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 
 from pallas_kernels.kv_cache.tpu_attend import SPLIT, attend, attend_bytes, last_split
-from tests.kernels.expected import softmax_over
-from tests.kernels.interpreted import simulated_tpu
+from tests.helpers.expected import softmax_over
+from tests.helpers.interpreted import simulated_tpu
 
 C = 2 * SPLIT + 64
 
@@ -18,7 +18,7 @@ def random(rng, *shape, dtype="float32"):
 
 
 def filled(rng, heads, head_width, positions, tokens, capacity=C, dtype="float32"):
-    """[B, K, C, 2H], NaN where nothing was written."""
+    """Returns a cache [B, K, C, 2H], NaN where nothing was written."""
     cache = random(rng, len(positions), heads, capacity, 2 * head_width, dtype=dtype)
     for b, position in enumerate(positions):
         cache[b, :, position + tokens :] = np.nan
@@ -34,7 +34,7 @@ def expected(q, cache, positions):
     return softmax_over(q, *np.split(np.asarray(cache, np.float64), 2, axis=3), positions)
 
 
-# KV heads, queries a KV head, head width, tokens.
+# KV heads, queries per KV head, head width, tokens.
 SHAPES = [(1, 1, 64, 1), (3, 3, 64, 2), (2, 4, 128, 5), (8, 1, 128, 8), (2, 8, 128, 16), (1, 2, 256, 1)]
 
 
@@ -54,7 +54,7 @@ def test_softmax_over_what_each_query_sees(dtype, heads, group, width, tokens):
 
 
 def test_any_length():
-    """Every position of a tile of 32, around the end of a split."""
+    """Positions cover a tile of 32 around the end of a split."""
     rng = np.random.default_rng(0)
     positions = [*range(SPLIT - 20, SPLIT + 13)]
     q, cache = random(rng, len(positions), 3, 1, 2, 64), filled(rng, 1, 64, positions, 3)
@@ -62,7 +62,7 @@ def test_any_length():
 
 
 def test_a_token_that_overflowed_does_not_reach_those_before_it():
-    """Keys of a later token of the block may be no numbers; a cache's values always are."""
+    """Keys of a later token of the pass may be infinite; the values in a cache are always finite."""
     rng = np.random.default_rng(0)
     for width in (64, 128):
         q, cache = random(rng, 1, 3, 2, 2, width), filled(rng, 2, width, [300], 3)
@@ -73,15 +73,15 @@ def test_a_token_that_overflowed_does_not_reach_those_before_it():
 
 
 def test_large_scores():
-    """Scores of thousands: only differences to the highest count, also across splits."""
+    """Only differences to the highest count when scores are thousands, also across splits."""
     rng = np.random.default_rng(0)
     positions = [SPLIT + 100]
     q, cache = 100 * random(rng, 1, 2, 1, 2, 64), filled(rng, 1, 64, positions, 2)
     np.testing.assert_allclose(run(q, cache, positions), expected(q, cache, positions), atol=1e-4, rtol=1e-4)
 
 
-def test_a_row_depends_neither_on_the_batch_nor_on_the_capacity():
-    """To the bit."""
+def test_a_result_depends_neither_on_the_batch_nor_on_the_capacity():
+    """The results are equal to the bit."""
     rng = np.random.default_rng(0)
     positions = [5, 300, 511]
     q, cache = random(rng, 3, 2, 8, 2, 64), filled(rng, 8, 64, positions, 2)
@@ -93,8 +93,8 @@ def test_a_row_depends_neither_on_the_batch_nor_on_the_capacity():
         np.testing.assert_array_equal(alone[0], together[b])
 
 
-def test_heads_in_groups(monkeypatch):
-    """Heads that are read together or one by one: the same bits."""
+def test_the_number_of_heads_per_block_changes_nothing(monkeypatch):
+    """Heads that are read together or one by one give the same bits."""
     rng = np.random.default_rng(0)
     positions = [300, 20]
     q, cache = random(rng, 2, 2, 4, 2, 64), filled(rng, 4, 64, positions, 2)
@@ -104,8 +104,8 @@ def test_heads_in_groups(monkeypatch):
         np.testing.assert_array_equal(run(q, cache, positions), together)
 
 
-def test_blocks_past_a_row_are_not_read(monkeypatch):
-    """Counted where the simulated DMAs are: as many blocks as a row's entries need, and what attend_bytes says."""
+def test_blocks_past_the_end_are_not_read(monkeypatch):
+    """Counts the simulated DMAs: as many blocks as the filled entries need, which is what attend_bytes says."""
     blocks, read = [], simulator.get
 
     def counted(*arguments, input_name=None, **others):

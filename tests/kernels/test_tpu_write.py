@@ -1,18 +1,18 @@
-"""The TPU's cache write, simulated: every position, exactly the entries it should, and no DMA that another meets."""
+"""The TPU's write kernel, simulated, changes exactly the entries that it should, at every position, without races."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.kv_cache.tpu_write import _group, tile_entries, window_entries, write
-from tests.kernels.interpreted import simulated_tpu
+from pallas_kernels.kv_cache.tpu_write import _group_size, tile_entries, window_entries, write
+from tests.helpers.interpreted import simulated_tpu
 
 C = 96
 
 
 def written(cache, new, positions):
-    """Entry by entry."""
+    """Returns the cache after a write, made entry by entry."""
     expected = np.array(cache)
     for b, position in enumerate(positions):
         expected[b, :, position : position + new.shape[2]] = new[b]
@@ -24,7 +24,7 @@ def bits(a) -> np.ndarray:
 
 
 def random(rng, shape, dtype):
-    """Any numbers, and such as are none."""
+    """Returns random numbers, some of them NaN or infinite where the type has these."""
     if dtype == "int8":
         return rng.integers(-128, 128, shape).astype(np.int8)
     values = rng.normal(size=shape).astype(np.float32)
@@ -41,7 +41,7 @@ def run(cache, new, positions):
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8, 16])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_every_residue_of_the_tile(dtype, tokens):
-    """A row a position: all residues, the first entry and the last one."""
+    """Each sequence has another position: all residues, the first entry and the last one."""
     positions = np.array([*range(3, 3 + tile_entries(dtype)), 0, C - tokens])
     rng = np.random.default_rng(tokens)
     cache = random(rng, (len(positions), 2, C, 128), dtype)
@@ -60,11 +60,11 @@ def test_heads_and_widths(heads, width, tokens):
     np.testing.assert_array_equal(bits(after), bits(written(cache, new, positions)))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
-def test_rows_in_groups(monkeypatch, rows):
-    """Six rows whose windows fit into VMEM one, two or three at a time."""
-    monkeypatch.setattr("pallas_kernels.kv_cache.tpu_write._GROUP_BYTES", rows * 2 * 16 * 128 * 4)
-    assert _group(6, 2 * window_entries(5, "float32") * 128 * 4) == rows
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_sequences_in_groups(monkeypatch, group):
+    """VMEM holds the windows of one, two or three out of six sequences at a time."""
+    monkeypatch.setattr("pallas_kernels.kv_cache.tpu_write._GROUP_BYTES", group * 2 * 16 * 128 * 4)
+    assert _group_size(6, 2 * window_entries(5, "float32") * 128 * 4) == group
     rng = np.random.default_rng(0)
     cache, new = random(rng, (6, 2, C, 128), "float32"), random(rng, (6, 2, 5, 128), "float32")
     positions = np.array([7, 0, 90, 33, 8, 64])
@@ -72,7 +72,7 @@ def test_rows_in_groups(monkeypatch, rows):
 
 
 def test_a_window_is_no_larger_than_it_must_be():
-    """The most tiles that T successive entries can touch, counted."""
+    """Counts the most tiles that T successive entries can touch."""
     for dtype, tile in (("float32", 8), ("bfloat16", 16), ("int8", 32)):
         for tokens in range(1, 17):
             touched = max(len({(start + t) // tile for t in range(tokens)}) for start in range(tile))
@@ -80,7 +80,7 @@ def test_a_window_is_no_larger_than_it_must_be():
 
 
 def test_a_position_past_the_capacity_is_the_last_one():
-    """As jax.lax.dynamic_update_slice has it: nothing outside the cache is touched."""
+    """Positions are clamped as in jax.lax.dynamic_update_slice, so nothing outside the cache is touched."""
     rng = np.random.default_rng(0)
     cache, new = random(rng, (2, 1, C, 128), "float32"), random(rng, (2, 1, 3, 128), "float32")
     after = run(cache, new, np.array([C + 5, -2]))

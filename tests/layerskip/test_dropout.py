@@ -1,10 +1,11 @@
-"""Dropout schedules against the formulas in numpy, masks against their statistics and the compute they skip."""
+"""Dropout schedules against the formulas in numpy; masks by their statistics and by the compute that they skip."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lsjax.errors import UserError
 from lsjax.layerskip.dropout import draw_layer_mask, layer_dropout_rates, subset_pieces
 from lsjax.model.transformer import forward
 
@@ -51,15 +52,17 @@ def test_rescaled_masks_keep_the_expectation():
     np.testing.assert_allclose(mask.max(axis=1), [1, 4 / 3, 2], rtol=1e-6)
 
 
-def test_batch_mask_has_one_draw_a_layer():
+def test_batch_mask_has_one_draw_per_layer():
     masks = [draw_layer_mask(jax.random.key(k), jnp.full(8, 0.5), 16, "batch") for k in range(200)]
     assert masks[0].shape == (8,)
     np.testing.assert_allclose(np.mean(masks), 0.5, atol=0.05)
 
 
 def test_a_subset_is_as_large_on_every_device_and_unbiased():
-    """8 rows on each of 3 devices in 4 groups: whole groups are kept, on average 1 - p of the rows, any of them, one
-    device's whatever another's are."""
+    """Draws for 8 rows in 4 groups on each of 3 devices.
+
+    Whole groups are kept, each row with probability 1 - p, and the rows of one device do not depend on another's.
+    """
     rates = jnp.array([0.0, 0.1, 0.5, 0.7])
     draw = jax.jit(lambda key: draw_layer_mask(key, rates, 24, "subset", devices=3, groups=4))
     masks = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(5), 4000))).reshape(4000, 4, 3, 8)
@@ -87,10 +90,48 @@ def test_what_no_rate_drops_is_run_at_once(max_rate, pieces):
 
 
 def test_batch_granularity_really_skips_the_layer(tiny, tiny_params):
-    """A layer whose parameters are NaN poisons the output, unless its compute is skipped and not just masked."""
+    """Poisons a layer with NaN parameters; the output stays finite only if the layer is skipped and not just masked."""
     poisoned = jax.tree.map(lambda a: a.at[2].set(jnp.nan), tiny_params["layers"])
     params = tiny_params | {"layers": poisoned}
     tokens = np.array([[5, 9, 2, 300]])
     run = jax.jit(lambda mask: forward(params, tokens, tiny, mask))
     assert np.isfinite(run(jnp.array([1.0, 1.0, 0.0, 1.0]))).all()
     assert np.isnan(run(jnp.array([1.0, 1.0, 1.0, 1.0]))).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 0}, "num_layers must be an integer of at least 1, got 0"),
+        ({"num_layers": 12.0}, r"num_layers must be an integer of at least 1, got 12\.0"),
+        ({"num_layers": True}, "num_layers must be an integer of at least 1, got True"),
+        ({"max_rate": -0.1}, r"max_rate must be a number in \[0, 1\], got -0\.1"),
+        ({"max_rate": 1.5}, r"max_rate must be a number in \[0, 1\], got 1\.5"),
+        ({"max_rate": float("nan")}, "max_rate must be a number"),
+        ({"max_rate": "0.1"}, "max_rate must be a number in .*, got '0.1'"),
+        ({"max_rate": np.full(12, 0.1)}, r"max_rate must be a number in .*, got float64\[12\]"),
+        ({"step": -1}, r"step must be an integer in 0\.\.99, got -1"),
+        ({"step": 100}, r"step must be an integer in 0\.\.99, got 100"),
+        ({"step": jnp.int32(100)}, r"step must be an integer in 0\.\.99, got 100 \(int32\)"),
+        ({"step": 3.0}, "step must be an integer"),
+        ({"step": False}, "step must be an integer"),
+        ({"step": jnp.arange(3)}, r"step must be an integer in 0\.\.99, got int32\[3\]"),
+        ({"total_steps": 0}, "total_steps must be an integer of at least 1, got 0"),
+        ({"total_steps": None}, "total_steps must be an integer of at least 1, got None"),
+        ({"depth_schedule": "quadratic"}, "depth_schedule is 'quadratic'; choose one of exponential, linear, uniform"),
+        ({"time_schedule": "linear"}, "time_schedule is 'linear'; choose one of constant, exponential, linear_decay"),
+        ({"time_schedule": 1}, "time_schedule is 1; choose one of constant"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named_in_one_line(change, message):
+    good = {"num_layers": 12, "max_rate": 0.2, "step": 3, "total_steps": 100}
+    with pytest.raises(UserError, match=message) as caught:
+        layer_dropout_rates(**good | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_traced_step_beyond_the_run_is_not_refused():
+    rates = jax.jit(lambda step: layer_dropout_rates(12, 0.2, step, 100, "linear", "constant"))
+    np.testing.assert_allclose(rates(100), layer_dropout_rates(12, 0.2, 99, 100, "linear", "constant"), rtol=1e-6)
+    assert "callback" not in str(jax.make_jaxpr(rates)(100))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lsjax.config import LayerSkipConfig
+from lsjax.errors import UserError
 from lsjax.layerskip.exits import active_exits, exit_curriculum, exit_distillation, exit_weights
 
 
@@ -31,7 +32,7 @@ def test_weights_are_equation_6(num_layers, scale):
 
 
 def test_last_layer_share_with_all_exits_on():
-    """The paper's e(l) for 32 layers and e_scale 0.2 gives the last layer 11.1 %."""
+    """Checks that the paper's e(l) for 32 layers and e_scale 0.2 gives the last layer 11.1 %."""
     np.testing.assert_allclose(exit_weights(32, 0.2, jnp.ones(32, bool))[-1], 0.111, atol=5e-4)
 
 
@@ -50,7 +51,7 @@ def test_the_draft_exit_is_on_at_every_step():
 
 
 @pytest.mark.parametrize(("draft_exit", "learn"), [(0, [1, 1, 1, 0]), (2, [0, 1, 0, 0])])
-def test_who_learns_from_the_last_layer_and_how_much(draft_exit, learn):
+def test_which_exits_learn_from_the_last_layer_and_how_much(draft_exit, learn):
     exits = LayerSkipConfig(exit_distillation=8.0, draft_exit=draft_exit)
     assert exit_distillation(exits, 4, 7, 401).tolist() == [8.0 * share for share in learn]
     growing = dataclasses.replace(exits, exit_distillation_schedule="linear")
@@ -95,3 +96,73 @@ def test_a_traced_step_gives_the_same_and_compiles_once(name):
     for step in range(0, 100, 7):
         assert curriculum(step).tolist() == exit_curriculum(name, 12, step, 100, 4).tolist()
     assert curriculum._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "cyclic"}, "name is 'cyclic'; choose one of rotational, gradual, all, none"),
+        ({"name": None}, "name is None; choose one of rotational"),
+        ({"num_layers": 0}, "num_layers must be an integer of at least 1, got 0"),
+        ({"num_layers": 2.5}, "num_layers must be an integer"),
+        ({"step": -1}, r"step must be an integer in 0\.\.99, got -1"),
+        ({"step": 100}, r"step must be an integer in 0\.\.99, got 100"),
+        ({"step": True}, "step must be an integer"),
+        ({"total_steps": 0}, "total_steps must be an integer of at least 1, got 0"),
+        ({"total_steps": 2**31}, "total_steps must be an integer of at least 1"),
+        ({"rotation": 0}, "rotation must be an integer of at least 1, got 0"),
+        ({"rotation": 1.5}, "rotation must be an integer"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_a_curriculum_are_named_in_one_line(change, message):
+    good = {"name": "gradual", "num_layers": 12, "step": 3, "total_steps": 100, "rotation": 4}
+    with pytest.raises(UserError, match=message) as caught:
+        exit_curriculum(**good | change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 0}, "num_layers must be an integer of at least 1, got 0"),
+        ({"exit_scale": -1.0}, r"exit_scale must be a number in \[0, 1\], got -1\.0"),
+        ({"exit_scale": float("inf")}, "exit_scale must be a number"),
+        ({"floor": 2}, r"floor must be a number in \[0, 1\], got 2"),
+        ({"active": np.ones(3, bool)}, r"active must have an entry for each of 4 layers, got bool\[3\]"),
+        ({"active": True}, "active must have an entry for each of 4 layers, got True"),
+        ({"active": [[True], [True, False]]}, "active must be an array with rows of equal length"),
+        ({"active": [1, 2, 3, 4]}, r"active must be True or False for each layer, got \[1, 2, 3, 4\]"),
+        ({"active": ["a", "b", "c", "d"]}, "active must be True or False"),
+        ({"active": np.zeros(4, bool)}, "active: the exits that are on weigh nothing; turn on the last layer"),
+        ({"active": [True, False, False, False]}, "active: the exits that are on weigh nothing"),
+        ({"active": [False, True, False, False], "exit_scale": 0.0}, "active: the exits that are on weigh nothing"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_exit_weights_are_named_in_one_line(change, message):
+    good = {"num_layers": 4, "exit_scale": 0.5, "active": np.ones(4, bool)}
+    with pytest.raises(UserError, match=message) as caught:
+        exit_weights(**good | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_active_exits_may_be_a_list_or_zeros_and_ones():
+    expected = exit_weights(4, 0.5, np.array([True, False, True, True]))
+    for active in ([True, False, True, True], [1, 0, 1, 1], jnp.array([1.0, 0.0, 1.0, 1.0])):
+        np.testing.assert_array_equal(exit_weights(4, 0.5, active), expected)
+
+
+def test_traced_arguments_are_not_checked():
+    """No value is read: a step beyond the run and flags that are all off pass, and the programs call no host."""
+    curriculum = jax.jit(lambda step: exit_curriculum("rotational", 12, step, 100, 4))
+    assert curriculum(101).tolist() == exit_curriculum("rotational", 12, 1, 100, 4).tolist()
+    weights = jax.jit(lambda active: exit_weights(4, 0.5, active))
+    assert np.isnan(weights(np.zeros(4, bool))).all()
+    assert "callback" not in str(jax.make_jaxpr(curriculum)(3)) + str(jax.make_jaxpr(weights)(np.ones(4, bool)))
+
+
+def test_a_rotation_longer_than_the_run_is_averaged_over_the_rotation():
+    """Costs are averaged over a whole rotation, whose later steps lie beyond a short run."""
+    exits = LayerSkipConfig(exit_curriculum="rotational", exit_rotation=8)
+    assert active_exits(exits, 12, 7, 5).tolist() == [l % 8 == 7 or l == 11 for l in range(12)]

@@ -10,7 +10,8 @@ import pytest
 from lsjax.data.batch import Batch
 from lsjax.layerskip.loss import multi_exit_loss
 from lsjax.model.transformer import exit_logits, hidden_states, init_params
-from tests import numpy_llama
+from tests.helpers import numpy_llama
+from tests.helpers.batches import weighted_batch
 
 ACTIVE = np.array([True, False, True, True])
 WEIGHTS = np.array([0.1, 0.0, 0.3, 0.6], np.float32)
@@ -18,15 +19,7 @@ WEIGHTS = np.array([0.1, 0.0, 0.3, 0.6], np.float32)
 
 @pytest.fixture(scope="module")
 def batch():
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 320, (2, 9)).astype(np.int32)
-    return Batch(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        weights=np.array([[1, 1, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 1, 0]], np.float32),
-        positions=np.broadcast_to(np.arange(8, dtype=np.int32), (2, 8)),
-        segment_ids=np.zeros((2, 8), np.int32),
-    )
+    return weighted_batch()
 
 
 def fused(params, batch, config, **options):
@@ -34,14 +27,14 @@ def fused(params, batch, config, **options):
 
 
 def naive(params, batch, config):
-    """Full logits at every exit, by the public functions whose arithmetic is tested elsewhere."""
+    """Computes full logits at every exit, with the public functions whose arithmetic is tested elsewhere."""
     logits = exit_logits(params, hidden_states(params, batch.tokens, config), config)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[None, ..., None], axis=-1)[..., 0]
     return -jnp.sum(WEIGHTS[:, None, None] * picked * batch.weights[None])
 
 
 def test_every_exit_reads_the_state_after_its_layer(tiny, tiny_params, batch):
-    """Index l is the loss of x_{l+1}: float64 numpy on the state after layer l, for each active exit."""
+    """Compares the loss of entry l with float64 numpy on x_{l+1}, the state after layer l, for each active exit."""
     total, losses = fused(tiny_params, batch, tiny, loss_chunk=4)
     expected = np.zeros(4)
     for row in range(2):
@@ -99,14 +92,14 @@ def test_rotating_exits_never_recompiles(tiny, tiny_params, batch):
 
 
 def test_an_inactive_exit_costs_nothing(tiny, tiny_params, batch):
-    """The loss of an exit sits in a branch, not behind a multiplication by zero."""
+    """Checks that the loss of an exit sits in a branch and is not just multiplied by zero."""
     loss = jax.jit(lambda p, on: multi_exit_loss(p, batch, tiny, exit_weights=WEIGHTS, exit_active=on)[0])
     text = loss.lower(tiny_params, ACTIVE).compile().as_text()
     assert " conditional(" in text
 
 
 def test_logits_never_exist_at_once(tiny, tiny_params, batch):
-    """Temporaries of four exits over 2 x 128 tokens: less than the logits of one exit, where naive has all four."""
+    """Compares temporaries of four exits over 2 x 128 tokens: ours hold less than one exit's logits, naive all four."""
     length = 128
     long = Batch(*(np.tile(column, (1, length // 8)) for column in batch))
     config = dataclasses.replace(tiny, vocab_size=8192)
@@ -119,22 +112,33 @@ def test_logits_never_exist_at_once(tiny, tiny_params, batch):
 
 
 def test_four_exits_need_little_more_memory_than_one(tiny):
-    """Temporaries of the gradient with four exits on, against a program that has only the last one."""
+    """Compares temporaries of the gradient with four exits on and in a program that has only the last one."""
     config = dataclasses.replace(tiny, vocab_size=4096, width=64, feed_forward_width=128)
     params = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
-    tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((16, 128), jnp.int32)
     batch = Batch(tokens, tokens, jax.ShapeDtypeStruct(tokens.shape, jnp.float32))
 
     def temporaries(active):
-        exits = {"exit_weights": WEIGHTS, "exit_active": active}
-        loss = lambda p, b: multi_exit_loss(p, b, config, loss_chunk=128, rematerialize="layer", **exits)[0]  # noqa: E731
+        def loss(params, batch):
+            return multi_exit_loss(
+                params,
+                batch,
+                config,
+                exit_weights=WEIGHTS,
+                exit_active=active,
+                loss_chunk=128,
+                rematerialize="layer",
+            )[0]
+
         return jax.jit(jax.grad(loss)).lower(params, batch).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(np.ones(4, bool)) < 1.2 * temporaries(None)
 
 
 def test_without_early_exits_the_program_has_no_branch(tiny, tiny_params, batch):
-    alone = lambda active: multi_exit_loss(tiny_params, batch, tiny, exit_weights=WEIGHTS, exit_active=active)  # noqa: E731
+    def alone(active):
+        return multi_exit_loss(tiny_params, batch, tiny, exit_weights=WEIGHTS, exit_active=active)
+
     total, losses = alone(None)
     np.testing.assert_allclose(total, alone(np.arange(4) == 3)[0], rtol=1e-6)
     assert np.flatnonzero(losses).tolist() == [3]
@@ -142,11 +146,15 @@ def test_without_early_exits_the_program_has_no_branch(tiny, tiny_params, batch)
 
 
 def test_no_layer_keeps_a_gradient_of_the_head(tiny, batch):
-    """Exits inside the layer scan, nothing recomputed: what is kept for the backward pass does not hold [L, V, D]."""
+    """Checks, with exits inside the layer scan and nothing recomputed, that residuals do not hold an [L,V,D] array."""
     config = dataclasses.replace(tiny, vocab_size=8192, num_layers=16)
     params = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
-    exits = {"exit_weights": np.ones(16, np.float32), "exit_active": np.ones(16, bool)}
-    gradient = jax.jit(jax.grad(lambda p: multi_exit_loss(p, batch, config, loss_chunk=4, **exits)[0]))
+
+    def loss(params):
+        weights, active = np.ones(16, np.float32), np.ones(16, bool)
+        return multi_exit_loss(params, batch, config, exit_weights=weights, exit_active=active, loss_chunk=4)[0]
+
+    gradient = jax.jit(jax.grad(loss))
     head = config.vocab_size * config.width * 4
     assert gradient.lower(params).compile().memory_analysis().temp_size_in_bytes < 16 * head / 2
 
@@ -167,8 +175,11 @@ def test_distillation_is_the_divergence_from_the_last_layer(tiny, tiny_params, b
 
 
 def test_each_exit_learns_its_own_share_from_the_last_layer(tiny, tiny_params, batch):
-    """The objective is linear in the shares: exit by exit they add up; those of exits that are off count nothing."""
-    value = lambda *shares: fused(tiny_params, batch, tiny, distillation=np.float32(shares))[0]  # noqa: E731
+    """Checks that the objective is linear in the shares, and that shares of inactive exits count nothing."""
+
+    def value(*shares):
+        return fused(tiny_params, batch, tiny, distillation=np.float32(shares))[0]
+
     nothing, first, third = value(0, 0, 0, 0), value(0.7, 0, 0, 0), value(0, 0, 0.7, 0)
     assert first - nothing > 0.05 < third - nothing
     np.testing.assert_allclose(value(0.7, 0, 0.35, 0), first + (third - nothing) / 2, rtol=1e-5)
@@ -177,16 +188,19 @@ def test_each_exit_learns_its_own_share_from_the_last_layer(tiny, tiny_params, b
 
 
 def test_distillation_does_not_pull_on_the_last_layer(tiny, tiny_params, batch):
-    """Only the divergences: early layers have a gradient, the last layer, which only the teacher uses, has none."""
-    only_divergence = lambda p: fused(p, batch, tiny, distillation=1.0)[0] - fused(p, batch, tiny)[0]  # noqa: E731
+    """Takes the gradient of the divergences alone: early layers have one, the last layer (teacher only) has none."""
+
+    def only_divergence(params):
+        return fused(params, batch, tiny, distillation=1.0)[0] - fused(params, batch, tiny)[0]
+
     down = jax.grad(only_divergence)(tiny_params)["layers"]["feed_forward"]["down"]
     largest = np.abs(down).max(axis=(1, 2))
     assert largest[0] > 1e-3
     assert largest[3] < 1e-5 * largest[0]
 
 
-def test_strided_exits_read_every_other_token_for_two(tiny, tiny_params, batch):
-    """Early exits: the naive sum over the sampled tokens, twice; the last layer: all tokens, once."""
+def test_strided_exits_read_every_other_token_with_twice_its_weight(tiny, tiny_params, batch):
+    """Checks that early exits sum the sampled tokens with twice the weight, and the last layer all tokens once."""
     for offset in (0, 1):
         _, losses = fused(tiny_params, batch, tiny, token_stride=2, token_offset=offset, loss_chunk=4)
         logits = exit_logits(tiny_params, hidden_states(tiny_params, batch.tokens, tiny), tiny)
@@ -197,17 +211,20 @@ def test_strided_exits_read_every_other_token_for_two(tiny, tiny_params, batch):
 
 
 @pytest.mark.parametrize("distillation", [None, 0.7])
-def test_what_early_exits_may_pull_on(tiny, tiny_params, batch, distillation):
-    """Only the last layer trains norm and head, or none trains the head; the layers learn the same from all."""
-    gradient = lambda **options: jax.grad(  # noqa: E731
-        lambda p: fused(p, batch, tiny, distillation=distillation, **options)[0]
-    )(untied)
+def test_early_exits_can_be_kept_from_training_the_head(tiny, tiny_params, batch, distillation):
+    """Lets only the last layer train norm and head, or nothing train the head; gradients of layers stay the same."""
     untied = tiny_params | {"lm_head": tiny_params["embed"].T}
+
+    def gradient(**options):
+        return jax.grad(lambda p: fused(p, batch, tiny, distillation=distillation, **options)[0])(untied)
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
     both, detached = gradient(), gradient(exits_train_head=False)
     last_only = jax.grad(
         lambda p: multi_exit_loss(p, batch, tiny, exit_weights=WEIGHTS, exit_active=np.arange(4) == 3)[0]
     )(untied)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)  # noqa: E731
     close(detached["lm_head"], last_only["lm_head"])
     close(detached["final_norm"]["scale"], last_only["final_norm"]["scale"])
     jax.tree.map(close, detached["layers"], both["layers"])
@@ -219,7 +236,7 @@ def test_what_early_exits_may_pull_on(tiny, tiny_params, batch, distillation):
 
 
 def test_distilled_gradient_equals_naive(tiny, tiny_params, batch):
-    """Formed in the forward pass, chunk by chunk, against JAX's own gradient of the whole formula."""
+    """Compares the gradient, computed chunk by chunk in the forward pass, with JAX's own of the whole formula."""
 
     def formula(params):
         logits = exit_logits(params, hidden_states(params, batch.tokens, tiny), tiny)

@@ -1,4 +1,4 @@
-"""Attention of any kind against the formula in numpy float64, and who is chosen where."""
+"""Every attention function against the formula in float64 numpy, and the choice between them."""
 
 import functools
 
@@ -12,7 +12,7 @@ from lsjax.errors import UserError
 from lsjax.model import attention as plain
 from lsjax.model.attention import plain_attention
 from lsjax.model.flash import choose_attention, splash_attention
-from lsjax.scale.sharding import make_mesh
+from lsjax.parallel.sharding import make_mesh
 
 
 def inputs(length, heads=2, group=2, width=8, batch=2, seed=0):
@@ -42,24 +42,32 @@ def check(attend, length, segmented, **shape):
 
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("length", [5, 32, 100])
-def test_plain_attention_is_the_formula(monkeypatch, length, segmented):
-    monkeypatch.setattr(plain, "_WHOLE", 32)
+@pytest.mark.parametrize("long", [32, 1024])
+def test_plain_attention_is_the_formula(monkeypatch, long, length, segmented):
+    monkeypatch.setattr(plain, "_LONG", long)
     monkeypatch.setattr(plain, "_BLOCK", 24)  # 100 tokens: four blocks and a rest
     check(plain_attention, length, segmented)
 
 
-def test_blocks_have_the_gradient_of_the_whole(monkeypatch):
+@pytest.mark.parametrize("long", [16, 1024])
+def test_blocks_have_the_gradient_of_the_whole(monkeypatch, long):
     q, k, v, segments = (jnp.asarray(a, jnp.float32) for a in inputs(80))
-    loss = lambda q, k, v: jnp.sum(jnp.sin(plain_attention(q, k, v, segments)))  # noqa: E731
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(plain_attention(q, k, v, segments)))
+
     whole = jax.grad(loss, (0, 1, 2))(q, k, v)
-    monkeypatch.setattr(plain, "_WHOLE", 16)
+    monkeypatch.setattr(plain, "_LONG", long)
     monkeypatch.setattr(plain, "_BLOCK", 32)
     for ours, theirs in zip(jax.grad(loss, (0, 1, 2))(q, k, v), whole, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_take_less_memory(monkeypatch):
-    """4,096 tokens, forward and backward. (XLA:CPU works on several blocks at a time, or it would be a quarter.)"""
+    """Compares temporaries at 4,096 tokens, forward and backward.
+
+    Four blocks would need a quarter, but XLA:CPU works on several blocks at a time.
+    """
     shapes = [jax.ShapeDtypeStruct((1, 4096, 4, *rest), jnp.float32) for rest in ((2, 8), (8,), (8,))]
 
     def temporaries():
@@ -67,14 +75,15 @@ def test_blocks_take_less_memory(monkeypatch):
         return gradient.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     blocks = temporaries()
-    monkeypatch.setattr(plain, "_WHOLE", 4096)
+    monkeypatch.setattr(plain, "_LONG", 4096)
+    monkeypatch.setattr(plain, "_BLOCK", 4096)
     assert blocks < 0.7 * temporaries()
 
 
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("width", [64, 128])
 def test_splash_attention_is_the_formula(segmented, width):
-    """The TPU kernel in interpret mode, grouped heads."""
+    """Runs the TPU kernel in interpret mode, with grouped heads."""
     check(functools.partial(splash_attention, interpret=True), 256, segmented, width=width, batch=1)
 
 
@@ -82,7 +91,7 @@ def test_splash_attention_has_the_gradient_of_plain_attention():
     q, k, v, segments = (jnp.asarray(a, jnp.float32) for a in inputs(128, width=64, batch=1))
 
     def gradient(attend):
-        return jax.grad(lambda *a: jnp.sum(jnp.sin(attend(*a, segments))), (0, 1, 2))(q, k, v)
+        return jax.grad(lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v, segments))), (0, 1, 2))(q, k, v)
 
     for ours, theirs in zip(
         gradient(functools.partial(splash_attention, interpret=True)), gradient(plain_attention), strict=True

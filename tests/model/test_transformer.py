@@ -1,4 +1,4 @@
-"""The model against float64 numpy, and its causality by gradients."""
+"""The model against float64 numpy, and its causality shown by gradients."""
 
 import dataclasses
 
@@ -9,8 +9,8 @@ import pytest
 
 from lsjax.config import RopeScaling
 from lsjax.model.transformer import forward, hidden_states, scan_layers
-from tests import numpy_llama
 from tests.conftest import random_params
+from tests.helpers import numpy_llama
 
 LLAMA3 = RopeScaling(
     "llama3", factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_context_length=64
@@ -63,20 +63,21 @@ def test_a_mask_for_the_whole_batch_equals_the_same_mask_per_sample(tiny, tiny_p
 def test_packed_documents_do_not_see_each_other(tiny, tiny_params):
     tokens = np.array([[5, 9, 2, 300, 17, 41, 8]])
     segments, positions = np.array([[0, 0, 0, 1, 1, 1, 1]]), np.array([[0, 1, 2, 0, 1, 2, 3]])
-    packed = {"positions": positions, "segment_ids": segments}
-    last, inputs = scan_layers(tiny_params, tokens, tiny, **packed, read=lambda x, _: x)
+    last, inputs = scan_layers(
+        tiny_params, tokens, tiny, positions=positions, segment_ids=segments, read=lambda x, _: x
+    )
     states = np.concatenate([inputs[1:], last[None]])
     alone = hidden_states(tiny_params, tokens[:, 3:], tiny)
     np.testing.assert_allclose(states[:, :, 3:], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_causality_by_gradients(tiny, tiny_params):
-    """The logits at s depend on every input position up to s and on none after it."""
+    """Checks that the logits at s depend on every input position up to s and on none after it."""
     config = dataclasses.replace(tiny, tie_embeddings=False)
     head, at = tiny_params["embed"].T, 3
 
     def squared_logits(inputs):
-        params = tiny_params | {"embed": inputs, "lm_head": head}
+        params = tiny_params | {"embed": tiny_params["embed"].at[:6].set(inputs), "lm_head": head}
         return jnp.sum(forward(params, np.arange(6)[None], config)[0, at] ** 2)
 
     gradient = np.abs(jax.grad(squared_logits)(tiny_params["embed"][:6])).max(axis=1)
@@ -85,7 +86,7 @@ def test_causality_by_gradients(tiny, tiny_params):
 
 
 def test_llama31_frequencies_equal_published_ratios():
-    """Base over scaled frequency for Llama 3.2 1B (head width 64, factor 32), as llama.cpp stores them."""
+    """Compares base over scaled frequency for Llama 3.2 1B (head width 64, factor 32) with the values of llama.cpp."""
     from lsjax.config import ModelConfig
     from lsjax.model.rope import inverse_frequencies
 

@@ -2,7 +2,7 @@
 
   python -m tests.parity.record
 
-writes tests/interop/recorded/NAME/: the folder that transformers saved, and expected.npz.
+It writes tests/io/recorded/NAME/: the folder that transformers saved, and expected.npz.
 """
 
 import json
@@ -12,24 +12,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.parity.llamas import make_llama, run_llama
+from tests.helpers.llamas import make_llama, run_llama
 
-FOLDER = Path(__file__).parent.parent / "interop" / "recorded"
+FOLDER = Path(__file__).parent.parent / "io" / "recorded"
 RECORDED = ("llama31", "multi_query", "smollm2", "linear_scaling", "llama32")
 
 
 def record(variant: str) -> None:
+    """Makes one variant and writes its folder and expected.npz."""
     folder = FOLDER / variant
     shutil.rmtree(folder, ignore_errors=True)
     model = make_llama(folder, variant)
     tokens = np.random.default_rng(1).integers(0, 288, (1, 80))
     logits, states = run_llama(model, tokens)
     greedy = model.generate(torch.as_tensor(tokens[:, :16]), max_new_tokens=24, do_sample=False)[0, 16:].numpy()
-    # The last positions suffice: they depend on all before them.
+    # The last positions suffice, because they depend on all earlier ones.
     np.savez_compressed(
         folder / "expected.npz", tokens=tokens, logits=logits[:, -4:], states=states[:, :, -4:], greedy=greedy
     )
-    if variant == "llama31":  # one of them as transformers 4 spelled it
+    if variant == "llama31":  # one folder spells the rotary embedding as transformers 4 did
         path = folder / "config.json"
         config = json.loads(path.read_text())
         rope = config.pop("rope_parameters")

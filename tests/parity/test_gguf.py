@@ -1,4 +1,4 @@
-"""GGUF against readers that are not ours: transformers on a real file, SentencePiece on its own model."""
+"""Compares GGUF with independent readers: transformers on a real file, SentencePiece on its own model."""
 
 import pathlib
 
@@ -10,9 +10,9 @@ transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")
 
 import lsjax  # noqa: E402
-from lsjax.interop.gguf_tokenizer import gguf_tokenizer  # noqa: E402
-from lsjax.pretrained import fetch_smollm2  # noqa: E402
-from tests.parity.llamas import run_llama  # noqa: E402
+from lsjax.experiments.pretrained import fetch_smollm2  # noqa: E402
+from lsjax.io.gguf_tokenizer import gguf_tokenizer  # noqa: E402
+from tests.helpers.llamas import run_llama  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TEXTS = (
@@ -52,7 +52,7 @@ def test_a_real_model_agrees_with_transformers(smollm2):
 
 
 def test_a_sentencepiece_vocabulary_gives_its_tokens(tmp_path):
-    """As Llama 1 and 2 have it: BPE pieces with scores and bytes to fall back on."""
+    """Trains a vocabulary like that of Llama 1 and 2: BPE pieces with scores, and bytes to fall back on."""
     import io
 
     lines = "\n".join(pathlib.Path(f.__file__).read_text() for f in (pathlib, np.lib)).splitlines()

@@ -1,4 +1,4 @@
-"""Against PyTorch transformers on the same weights: in, out, and there and back."""
+"""Compares with PyTorch transformers on the same weights: reading, writing, and a round trip."""
 
 import logging
 import warnings
@@ -12,14 +12,14 @@ transformers = pytest.importorskip("transformers")
 import jax  # noqa: E402
 
 import lsjax  # noqa: E402
-from lsjax.convert import convert  # noqa: E402
-from tests.parity.llamas import VARIANTS, make_llama, run_llama  # noqa: E402
+from lsjax.io.convert import convert  # noqa: E402
+from tests.helpers.llamas import VARIANTS, make_llama, run_llama  # noqa: E402
 
 TOKENS = np.random.default_rng(0).integers(0, 288, (2, 100))
 
 
 def assert_close(ours, theirs, relative=1e-4):
-    """Relative to the largest value, as for one vector."""
+    """Asserts that the largest error is below `relative` times the largest value."""
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() < relative * np.abs(theirs).max()
 
@@ -37,7 +37,7 @@ def test_logits_states_and_greedy_tokens_agree(variant, tmp_path):
 
     prompt = TOKENS[:1, :20]
     expected = theirs.generate(torch.as_tensor(prompt), max_new_tokens=40, do_sample=False)[0, 20:].tolist()
-    assert len(set(expected)) > 2  # no repetition that any decoder gets right
+    assert len(set(expected)) > 2  # a text of one or two tokens would prove little
     for strategy in (lsjax.Autoregressive(), lsjax.SelfSpeculative(exit_layer=1, num_speculations=3)):
         assert lsjax.generate(ours, prompt.tolist(), 40, strategy).tokens[0] == expected
 
@@ -56,7 +56,7 @@ def test_what_we_write_transformers_loads_silently(variant, tmp_path, caplog):
     original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
     assert model.dtype == original.dtype
     np.testing.assert_array_equal(run_llama(model, TOKENS)[0], run_llama(original, TOKENS)[0])
-    # A released Llama's tokenizer opens a text with <s> if and only if ours does.
+    # Our tokenizer opens a text with <s> if and only if the one of transformers does.
     text = "def f(x): return x\n"
     assert lsjax.load(tmp_path / "ours").tokenizer.encode(text) == tokenizer(text)["input_ids"]
     for name in ("num_hidden_layers", "head_dim", "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings"):

@@ -8,22 +8,13 @@ import numpy as np
 import pytest
 
 import lsjax
-from lsjax.convert import convert
 from lsjax.data.pipeline import training_batches
 from lsjax.evaluation.exits import exit_profile
-from lsjax.loading import read_model_config
-from tests.interop.test_huggingface import RECORDED, copy_of, edit_tensors
+from lsjax.io.convert import convert
+from tests.helpers.recorded import RECORDED, copy_of, edit_tensors
+from tests.helpers.runs import continuing
 
-
-def continuing(tiny_run, path):
-    """tiny_run, but from the model at `path` and without dropout, so that the first loss is the model's own."""
-    return dataclasses.replace(
-        tiny_run,
-        model=read_model_config(path),
-        initial_model=str(path),
-        layerskip=dataclasses.replace(tiny_run.layerskip, dropout_max_rate=0.0),
-        training=dataclasses.replace(tiny_run.training, total_steps=4),
-    )
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 @pytest.fixture(scope="module")

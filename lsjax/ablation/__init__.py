@@ -1,1 +1,0 @@
-"""Recipes trained side by side from the same seeds, and what each of them costs and gives."""

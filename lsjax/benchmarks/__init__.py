@@ -1,0 +1,1 @@
+"""Measurements of speed: decoding, training steps, kernels, and other libraries as baselines."""

@@ -1,0 +1,69 @@
+"""Times the training step of a configuration on this machine, beside the same step in PyTorch if you like.
+
+  lsjax benchmark_training --config=scratch
+  lsjax benchmark_training --config=scratch \\
+    --compare=pytorch,compiled
+  lsjax benchmark_training --config=scratch \\
+    --config.training.rematerialize=layer
+
+Random parameters and random words, on one device: no corpus is read and nothing is kept. --compare=pytorch takes the
+Llama of transformers (its attention by scaled_dot_product_attention) with fused AdamW, on the CPU; compiled is the same
+by torch.compile. Both need PyTorch and transformers: `make parity` installs them. They get the same weights, batches,
+dropped layers, exits and learning rates. They compute in float32, or where our products are in bfloat16 by PyTorch's
+own mixed precision, which rounds attention and logits too (--config.training.compute_dtype says which). All take each
+step in turns. The losses of the first and of the last step show that it is the same step: they agree up to rounding,
+which training then magnifies.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lsjax.cli.flags import Arguments, CommandFlags
+from lsjax.errors import UserError
+
+if TYPE_CHECKING:
+    from lsjax.config import Config
+
+_BASELINES = ("pytorch", "compiled")
+
+
+def define_flags(flags: CommandFlags) -> None:
+    """Defines the flags of this command."""
+    flags.group("What to time")
+    flags.config()
+    flags.integer("steps", 24, "Steps to time.", at_least=1)
+    flags.integer("warmup", 8, "Steps before them that are not timed; the first ones compile.", at_least=1)
+    flags.comma_list("compare", "", f"Also time {' or '.join(_BASELINES)} (PyTorch by torch.compile), or both.")
+    flags.group("Output")
+    flags.path("report", None, "Write every step's seconds and loss to this JSON file.")
+
+
+def main(arguments: Arguments) -> None:
+    """Runs the command."""
+    from lsjax.benchmarks.training import benchmark_training
+    from lsjax.files import check_writable, write_atomically
+    from lsjax.reports.tables import print_table, training_table
+
+    config = arguments.read_config()
+    unknown = [name for name in arguments.compare if name not in _BASELINES]
+    if unknown:
+        raise UserError(f"--compare: {unknown[0]!r} is not one of {', '.join(_BASELINES)}")
+    if arguments.report:
+        check_writable(Path(arguments.report), "--report")
+
+    def make_baselines(params: Any) -> dict[str, Any]:
+        return _make_baselines(config, params, arguments.compare)
+
+    report = benchmark_training(config, arguments.steps, arguments.warmup, baselines=make_baselines, note=print)
+    print_table(training_table(report))
+    if arguments.report:
+        write_atomically(Path(arguments.report), json.dumps(report, indent=2))
+        print(f"report: {arguments.report}")
+
+
+def _make_baselines(config: "Config", params: Any, names: list[str]) -> dict[str, Any]:
+    """Returns the training step of each named baseline, started from `params`."""
+    from lsjax.benchmarks.torch_baseline import TorchTraining
+
+    return {name: TorchTraining(config, params, compiled=name == "compiled").step for name in names}

@@ -1,0 +1,1 @@
+"""Costs of computation: FLOPs of training and decoding (flops.py), and the peaks of hardware (hardware.py)."""

@@ -1,0 +1,77 @@
+"""Stop strings: texts that end a sequence before its limit, looked for on the host as tokens arrive.
+
+A stop string ends a sequence at the token that completes it, wherever in a token or in a round's block of tokens the
+string begins or ends. The text is cut just before the string.
+"""
+
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+
+from lsjax.data.tokenizer import Tokenizer
+from lsjax.errors import UserError, shown
+
+
+def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Returns one or several stop strings as a tuple. Raises UserError for an empty text or anything but text."""
+    stops = tuple(stop) if isinstance(stop, Sequence) and not isinstance(stop, str) else (stop,)
+    wrong = [s for s in stops if not isinstance(s, str) or not s]
+    if wrong:
+        raise UserError(f"stop must be non-empty texts, got {shown(wrong[0])} (token ids go into stop_tokens)")
+    return stops
+
+
+def check_stop_tokens(stop_tokens: Sequence[int], vocab_size: int) -> list[int]:
+    """Returns stop tokens as a list of ids. Raises UserError for anything but ids of the vocabulary."""
+    try:
+        if isinstance(stop_tokens, str | bytes | bytearray | dict) or not hasattr(stop_tokens, "__len__"):
+            raise TypeError
+        if any(isinstance(token, bool | np.bool_) for token in stop_tokens):
+            raise TypeError
+        ids = [operator.index(token) for token in stop_tokens]
+    except TypeError:
+        raise UserError(f"stop_tokens must be token ids, got {shown(stop_tokens)} (texts go into stop)") from None
+    wrong = [token for token in ids if not 0 <= token < vocab_size]
+    if wrong:
+        raise UserError(f"stop_tokens holds {shown(wrong[0])}, outside the vocabulary 0..{vocab_size - 1}")
+    return ids
+
+
+def stop_token_of(tokenizer: Tokenizer, stop: str) -> int | None:
+    """Returns the id of a stop string that is a special token, else None.
+
+    Texts leave special tokens out, so such a string can match as a token only.
+    """
+    return tokenizer.special_tokens.get(stop)
+
+
+def final_text(
+    tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str], context: Sequence[int] = ()
+) -> tuple[str, bool]:
+    """Returns (the text of a sequence up to its first stop string, whether there is one).
+
+    context: the ids before `tokens`, that is the prompt.
+    """
+    text = tokenizer.decode(tokens, context)
+    starts = [start for start in (text.find(stop) for stop in stops) if start >= 0]
+    return (text[: min(starts)], True) if starts else (text, False)
+
+
+def completed_at(
+    tokenizer: Tokenizer, tokens: Sequence[int], known: int, stops: Sequence[str], context: Sequence[int] = ()
+) -> int | None:
+    """Returns the number of tokens that complete a stop string, or None; the first `known` tokens complete none."""
+    counts = range(known + 1, len(tokens) + 1)
+    return next((count for count in counts if final_text(tokenizer, tokens[:count], stops, context)[1]), None)
+
+
+def text_so_far(tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str], context: Sequence[int] = ()) -> str:
+    """Returns the part of the text that no later token can change.
+
+    It ends before a character whose bytes are not complete, and before what may become a stop string.
+    """
+    text = tokenizer.decode_settled(tokens, context)
+    longest = min(len(text), max(map(len, stops), default=1) - 1)
+    begun = (size for size in range(longest, 0, -1) if any(stop.startswith(text[-size:]) for stop in stops))
+    return text[: len(text) - next(begun, 0)]

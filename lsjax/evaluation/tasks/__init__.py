@@ -1,0 +1,1 @@
+"""Tasks that `lsjax evaluate` measures: prompts, references and scores."""

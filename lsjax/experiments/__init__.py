@@ -1,0 +1,1 @@
+"""Whole experiments: the demo, continual training of a real model, sweeps and ablations."""

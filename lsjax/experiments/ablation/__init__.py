@@ -1,0 +1,1 @@
+"""LayerSkip recipes trained side by side from the same seeds, with the cost and the gain of each."""

@@ -1,1 +1,0 @@
-"""Llamas from elsewhere and back: Hugging Face folders in and out, GGUF files in."""

@@ -1,0 +1,1 @@
+"""The fastest setting of self-speculation, predicted from a few measurements."""

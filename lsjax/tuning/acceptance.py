@@ -1,0 +1,104 @@
+"""Predicted acceptance: which drafts of every exit would be kept, from one pass over a text that the full model wrote.
+
+A draft after a rejected one is discarded. So every draft that counts follows the text's own tokens, and the pass sees
+exactly what the drafter would have seen. Run lengths are those of this text, not those of independent tokens.
+"""
+
+import functools
+import heapq
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsjax.config import ModelConfig
+from lsjax.decoding.sampling import Sampler
+from lsjax.model.attention import plain_attention
+from lsjax.model.exit_adapter import ExitAdapter
+from lsjax.model.quantization import cast
+from lsjax.model.transformer import Params, exit_logits, scan_layers
+from pallas_kernels.kv_cache.reference import int8_round_trip
+
+
+@functools.partial(jax.jit, static_argnames=("config", "count", "dtype", "int8_cache"))
+def draft_acceptance(
+    params: Params,
+    tokens: jax.Array,
+    prompt_lengths: jax.Array,
+    sampler: Sampler,
+    config: ModelConfig,
+    count: int,
+    dtype: jnp.dtype,
+    vocabularies: jax.Array,
+    int8_cache: bool = False,
+    exit_adapter: ExitAdapter | None = None,
+) -> jax.Array:
+    """Returns the chance that exit layer l+1's draft of the i-th new token is kept, by each of M draft vocabularies:
+    float32 [M,L,B,count]; greedily 0 or 1.
+
+    tokens: prompts with their continuations, right-padded [B,S]. prompt_lengths: [B]. count: new tokens to look at.
+    dtype: the compute dtype. vocabularies: the tokens that drafts choose among, bool [M,V].
+    int8_cache: rounds keys and values as an int8 cache does. exit_adapter: drafts of its exit go through it.
+    """
+    params, exit_adapter = cast(params, dtype), cast(exit_adapter, dtype)
+    # The state at a position predicts the next token.
+    places = jnp.minimum(prompt_lengths[:, None] - 1 + jnp.arange(count), tokens.shape[1] - 1)
+
+    def look(x, _):
+        return jnp.take_along_axis(x, places[..., None], axis=1)
+
+    attention = _rounded_attention if int8_cache else plain_attention
+    last, inputs = scan_layers(params, tokens, config, read=look, attention=attention)
+    states = jnp.concatenate([inputs[1:], look(last, None)[None]])  # [L,B,count,D]
+    if exit_adapter is not None:
+        index = exit_adapter.exit_layer - 1
+        states = states.at[index].set(exit_adapter.apply(states[index]))
+
+    def of_row(states):
+        logits = exit_logits(params, states[-1], config)
+
+        def of_exit(x):
+            drafted = exit_logits(params, x, config)
+            return jax.lax.map(
+                lambda known: sampler.acceptance(jnp.where(known, drafted, -jnp.inf), logits), vocabularies
+            )
+
+        return jax.lax.map(of_exit, states)
+
+    # The logits of one exit of one sequence exist at a time.
+    return jnp.transpose(jax.lax.map(of_row, states.swapaxes(0, 1)), (2, 1, 0, 3))
+
+
+def _rounded_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: None) -> jax.Array:
+    return plain_attention(q, *int8_round_trip(k, v))
+
+
+def expected_rounds(acceptance: np.ndarray, tokens: np.ndarray, num_speculations: int) -> np.ndarray:
+    """Returns the expected rounds until all new tokens of a text are out; prefill emits the first.
+
+    acceptance: the chance that a draft of each token is kept [..., n]. tokens: new tokens per text [...].
+    With chances of 0 and 1 the result is the actual number of rounds. Other chances count as independent along the
+    text.
+    """
+    n = acceptance.shape[-1]
+    left = np.zeros((*acceptance.shape[:-1], n + num_speculations + 1))  # rounds that remain when i tokens are out
+    for i in reversed(range(1, n)):
+        reached, rounds = np.ones(left.shape[:-1]), np.ones(left.shape[:-1])
+        for kept in range(min(num_speculations, n - i)):
+            chance = acceptance[..., i + kept]
+            rounds += reached * (1 - chance) * left[..., i + kept + 1]
+            reached = reached * chance
+        rounds += reached * left[..., min(i + num_speculations + 1, n)]
+        left[..., i] = np.where(i < tokens, rounds, 0.0)
+    return left[..., 1]
+
+
+def batch_rounds(rounds: np.ndarray, batch_size: int) -> float:
+    """Returns the rounds until texts that take `rounds` [N] each are all out, `batch_size` of them at a time.
+
+    The next text takes the place that is free first.
+    """
+    ends = [0.0] * batch_size
+    for count in rounds:
+        heapq.heapreplace(ends, ends[0] + count)
+    return max(ends)

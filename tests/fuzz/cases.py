@@ -1,0 +1,18 @@
+"""All malformed inputs, and the few of them that run with the other tests."""
+
+from tests.fuzz.api_cases import api_cases
+from tests.fuzz.command_cases import command_cases
+from tests.fuzz.model_cases import gguf_cases, huggingface_cases
+from tests.fuzz.text_cases import text_cases
+from tests.fuzz.workdir_cases import workdir_cases
+
+ALL = [
+    *api_cases(),
+    *huggingface_cases(),
+    *gguf_cases(),
+    *workdir_cases(),
+    *text_cases(),
+    *command_cases(),
+]
+_STEP = 20
+FEW = ALL[::_STEP]

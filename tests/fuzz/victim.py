@@ -1,0 +1,43 @@
+"""A training process for tests that kill it, start it twice, or fill its disk."""
+
+import multiprocessing
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import tests.conftest  # noqa: F401 (the devices and the compiler's flags of all tests)
+from lsjax.config import Config
+from lsjax.errors import UserError
+from lsjax.training.loop import train
+
+# Processes are forked from a server that has imported this module, so that instants are of training and not of imports.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.fuzz.victim"])
+
+
+def start(config: Config, workdir: Path, log: Path, file_limit: int | None = None) -> Any:
+    """Starts a process that trains; its standard error is appended to `log`.
+
+    file_limit: the most bytes of a file that it may write, as if the disk were full.
+    """
+    process = CONTEXT.Process(target=_train, args=(config.to_dict(), str(workdir), str(log), file_limit))
+    process.start()
+    return process
+
+
+def _train(tree: dict, workdir: str, log: str, file_limit: int | None) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 2)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    if file_limit is not None:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, hard))
+    try:
+        train(Config.from_dict(tree), workdir, verbose=False)
+    except UserError as error:
+        if file_limit is not None:  # the log is not on the full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        print(f"train: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
