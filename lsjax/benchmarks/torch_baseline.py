@@ -8,7 +8,7 @@ import numpy as np
 from lsjax.config import Config
 from lsjax.data.batch import Batch
 from lsjax.errors import UserError
-from lsjax.io.huggingface import stored_tensors
+from lsjax.io.huggingface import outgoing_tensors
 from lsjax.io.huggingface_config import model_config_to_hf
 from lsjax.model.execution import choose_execution
 from lsjax.model.transformer import Params
@@ -58,7 +58,8 @@ class TorchTraining:
         self.mixed = choose_execution(config, "cpu").rounds_products
         shape = transformers.LlamaConfig(**model_config_to_hf(config.model), attn_implementation="sdpa")
         self.model = transformers.LlamaForCausalLM(shape).float().train()
-        tensors = {name: self.torch.tensor(read()) for name, read, _ in stored_tensors(config.model, params)}
+        outgoing = outgoing_tensors(config.model, params)
+        tensors = {tensor.name: self.torch.tensor(tensor.read()) for tensor in outgoing}
         self.model.load_state_dict(tensors, strict=not config.model.tie_embeddings)
         for p in self.model.parameters():  # without a gradient, AdamW would leave a skipped layer's moments as they are
             p.grad = self.torch.zeros_like(p)

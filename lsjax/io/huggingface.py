@@ -3,9 +3,9 @@
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +28,23 @@ CONFIG = "config.json"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PICKLES = (".bin", ".pth", ".pt", ".pkl")
+
+
+class OutgoingTensor(NamedTuple):
+    """A tensor on its way into a file, under the name that Hugging Face gives it.
+
+    read: returns its numbers as files store them, cut out of our parameters.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """The bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def is_huggingface_config(tree: dict[str, Any]) -> bool:
@@ -163,11 +180,11 @@ def write_huggingface(
     names = [WHOLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     weight_map, total = {}, 0
     for name, shard in zip(names, shards, strict=True):
-        tensors = {tensor: read() for tensor, (read, _) in shard.items()}
+        tensors = {tensor.name: tensor.read() for tensor in shard}
         save_file(tensors, folder / name, metadata={"format": "pt"})
         obey_umask(folder / name)
         weight_map |= dict.fromkeys(tensors, name)
-        total += sum(size for _, size in shard.values())
+        total += sum(tensor.size for tensor in shard)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_atomically(folder / INDEX, json.dumps(index, indent=2))
@@ -181,23 +198,20 @@ def _shard_name(number: int, count: int) -> str:
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _shards(config: ModelConfig, params: Params, shard_bytes: int) -> Iterator[dict[str, tuple]]:
-    """Yields the tensors of each file in the order of the layers, as {name: (read, bytes)}."""
-    shard, filled = {}, 0
-    for name, read, size in stored_tensors(config, params):
-        if shard and filled + size > shard_bytes:
+def _shards(config: ModelConfig, params: Params, shard_bytes: int) -> Iterator[list[OutgoingTensor]]:
+    """Yields the tensors of each file in the order of the layers."""
+    shard, filled = [], 0
+    for tensor in outgoing_tensors(config, params):
+        if shard and filled + tensor.size > shard_bytes:
             yield shard
-            shard, filled = {}, 0
-        shard[name] = (read, size)
-        filled += size
+            shard, filled = [], 0
+        shard.append(tensor)
+        filled += tensor.size
     yield shard
 
 
-def stored_tensors(config: ModelConfig, params: Params) -> Iterator[tuple]:
-    """Yields (name, read, bytes) of every tensor: the embedding, layer after layer, the final norm and the head.
-
-    read: a function without arguments that returns the tensor as files store it.
-    """
+def outgoing_tensors(config: ModelConfig, params: Params) -> Iterator[OutgoingTensor]:
+    """Yields every tensor of a model: the embedding, layer after layer, the final norm and the head."""
     leaves = {parameter_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     found = []
     for path, pieces in parameter_pieces(config).items():
@@ -206,8 +220,8 @@ def stored_tensors(config: ModelConfig, params: Params) -> Iterator[tuple]:
         for layer in range(config.num_layers) if stacked else (None,):
             found += [(outside if layer is None else layer, piece, leaves[path], layer) for piece in pieces]
     for _, piece, leaf, layer in sorted(found, key=lambda entry: entry[0]):
-        size = math.prod(piece.shape) * leaf.dtype.itemsize
-        yield piece.tensor.format(layer=layer), functools.partial(_extract, leaf, piece, layer), size
+        name, read = piece.tensor.format(layer=layer), functools.partial(_extract, leaf, piece, layer)
+        yield OutgoingTensor(name, piece.shape, leaf.dtype, read)
 
 
 def _extract(leaf: Any, piece: Piece, layer: int | None) -> np.ndarray:
