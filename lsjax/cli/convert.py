@@ -1,8 +1,9 @@
-"""Converts a model of any kind that lsjax reads into a Hugging Face or lsjax folder.
+"""Converts a model of any kind that lsjax reads into a Hugging Face or lsjax folder, or a GGUF file for llama.cpp.
 
   lsjax convert --from=runs/demo --to=demo-hf --format=huggingface
   lsjax convert --from=SmolLM2-135M-Instruct.Q4_1.gguf --to=smollm2 \\
     --format=lsjax
+  lsjax convert --from=runs/demo --to=demo.gguf --format=gguf
 
 transformers loads a Hugging Face folder as any Llama, with assistant_early_exit too. An lsjax folder is what --model
 and config.initial_model take (they take the other kinds as well). Weights keep their bits unless
@@ -10,6 +11,8 @@ and config.initial_model take (they take the other kinds as well). Weights keep 
 
 A LoRA adapter is merged into its model. --format=peft writes the adapter of a run with LoRA alone, which transformers
 with peft and --adapter take.
+
+--format=gguf writes the tokenizer too, which must be byte-level BPE. llama.cpp's own programs quantise the file.
 """
 
 from lsjax.cli import decoding_flags as shared
@@ -27,8 +30,8 @@ def define_flags(flags: CommandFlags) -> None:
     )
     shared.define_adapter(flags)
     flags.group("Output")
-    flags.path("to", None, "Folder to make.", required=True)
-    flags.choice("format", "huggingface", ["huggingface", "lsjax", "peft"], "Format to write.")
+    flags.path("to", None, "Folder to make; for gguf a file.", required=True)
+    flags.choice("format", "huggingface", ["huggingface", "lsjax", "peft", "gguf"], "Format to write.")
     flags.choice(
         "dtype",
         "stored",

@@ -15,6 +15,8 @@ from lsjax.files import make_folder
 from lsjax.io.adapter import AdaptedSource
 from lsjax.io.checkpoints import save_model
 from lsjax.io.exit_adapter import write_exit_adapter
+from lsjax.io.gguf_vocabulary import byte_level_vocabulary
+from lsjax.io.gguf_writer import write_gguf
 from lsjax.io.huggingface import write_huggingface
 from lsjax.io.open import open_model
 from lsjax.io.peft import write_peft
@@ -23,13 +25,13 @@ from lsjax.io.workdir import write_model_config
 from lsjax.model.exit_adapter import ExitAdapter
 from lsjax.model.transformer import Params, abstract_params
 
-FORMATS = ("huggingface", "lsjax", "peft")
+FORMATS = ("huggingface", "lsjax", "peft", "gguf")
 
 
 class Converted(NamedTuple):
     """The model that was written: its config and its parameters, or in PEFT's layout those of the LoRA adapter.
 
-    exit_adapter: the adapter of an exit that was written too; None when there is none, and in PEFT's layout.
+    exit_adapter: the adapter of an exit that was written too; None when there is none, in PEFT's layout and in GGUF.
     """
 
     config: ModelConfig
@@ -40,20 +42,23 @@ class Converted(NamedTuple):
 def convert(
     source: str | Path, target: str | Path, form: str, dtype: str = "stored", adapter: str | Path | None = None
 ) -> Converted:
-    """Writes the model at `source` to the new folder `target`, and returns what was written.
+    """Writes the model at `source` to the new folder `target`, for "gguf" a new file, and returns what was written.
 
     source: anything that `load` takes.
     form: "huggingface" (transformers loads it, without the adapter of an exit) or "lsjax" (for `load` and
-        config.initial_model), with LoRA adapters merged; "peft" writes the adapter of a run with LoRA alone.
+        config.initial_model) or "gguf" (for llama.cpp), with LoRA adapters merged; "peft" writes the adapter of a run
+        with LoRA alone.
     dtype: the dtype of the written weights; "stored" keeps each one bit for bit. Merged weights are rounded to theirs.
     adapter: a LoRA adapter to change the model by, as in `load`.
 
-    The folder appears whole or not at all. Raises UserError when `target` holds something already, or when the source
-    cannot be read.
+    It appears whole or not at all. Raises UserError when `target` holds something already, when the source cannot be
+    read, and for what GGUF has no place for.
     """
     target = Path(target)
     if form not in FORMATS:
         raise UserError(f"unknown format {form!r}; choose one of {', '.join(FORMATS)}")
+    if form == "gguf":
+        return _convert_to_gguf(source, target, dtype, adapter)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and holds something; give a new folder")
     make_folder(target.absolute().parent, "folder")
@@ -74,6 +79,22 @@ def convert(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return Converted(model.config, params, exit_adapter)
+
+
+def _convert_to_gguf(source: str | Path, target: Path, dtype: str, adapter: str | Path | None) -> Converted:
+    if target.exists():
+        raise UserError(f"{target} exists; give a new file")
+    make_folder(target.absolute().parent, "folder")
+    model = open_model(source, adapter)
+    if exit_adapter := model.load_exit_adapter():
+        raise UserError(
+            f"{source} has an adapter for the drafts of exit {exit_adapter.exit_layer}, which GGUF has no place for; "
+            "convert the model that it was trained on, which has the same weights"
+        )
+    vocabulary = byte_level_vocabulary(model.tokenizer, model.config.vocab_size, str(source))
+    params = _load_params(model, dtype)
+    write_gguf(target, model.config, params, vocabulary)
+    return Converted(model.config, params, None)
 
 
 def _load_params(source: ModelSource, dtype: str) -> Params:

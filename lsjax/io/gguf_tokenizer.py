@@ -10,8 +10,8 @@ from lsjax.errors import UserError
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types of llama.cpp
 # llama.cpp knows the tokens that end a turn by their texts, because many files lack the fields that name them.
-_TURN_ENDS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<end_of_turn>"}
-_TURN_ENDS |= {"<end_of_utterance>", "<｜end▁of▁sentence｜>", "_<EOT>"}
+TURN_ENDS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<end_of_turn>"}
+TURN_ENDS |= {"<end_of_utterance>", "<｜end▁of▁sentence｜>", "_<EOT>"}
 _TURN_ENDS_IF_CONTROL = {"</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]"}  # texts that a plain piece may have, too
 _BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _LLAMA3_WORDS = (
@@ -28,13 +28,15 @@ def _split(*patterns: str) -> pre_tokenizers.PreTokenizer:
 
 
 # How a byte-level tokenizer splits text before it merges, by the name in tokenizer.ggml.pre.
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     "gpt-2": _BYTE_LEVEL,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTE_LEVEL]),
     "llama-bpe": _split(_LLAMA3_WORDS),
     "smaug-bpe": _split(_LLAMA3_WORDS),
     "default": _split(r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
+# Rules with which a word that is one token is not built from merges.
+IGNORE_MERGES = ("llama-bpe",)
 # The other names that llama.cpp gives to these rules.
 _LLAMA3_NAMES = ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
 _GPT2_NAMES = ("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum")
@@ -89,7 +91,7 @@ def _rebuild(fields: dict[str, Any], kind: str, where: str) -> Tokenizer:
 
 def _token_type(text: str, type_: int) -> int:
     """Returns the type of a token. llama.cpp corrects the type of those that end a turn."""
-    return _CONTROL if text in _TURN_ENDS else type_
+    return _CONTROL if text in TURN_ENDS else type_
 
 
 def _ids(tokens: list[str], where: str) -> dict[str, int]:
@@ -109,20 +111,20 @@ def _stop_ids(fields: dict[str, Any], tokens: list[str], types: list[int], where
     named = [_token_id(fields, name, tokens) for name in ("eos", "eot", "eom")]
     if named[0] is None:
         raise UserError(f"{where}: tokenizer.ggml.eos_token_id is not one of its {len(tokens)} tokens")
-    ends = _TURN_ENDS | _TURN_ENDS_IF_CONTROL
+    ends = TURN_ENDS | _TURN_ENDS_IF_CONTROL
     by_text = [i for i, text in enumerate(tokens) if types[i] == _CONTROL and text in ends]
     return tuple(dict.fromkeys(index for index in [*named, *by_text] if index is not None))
 
 
 def _byte_level(fields: dict[str, Any], ids: dict[str, int], pre: Any, where: str) -> tokenizers.Tokenizer:
-    if pre not in _PRE_TOKENIZERS:
+    if pre not in PRE_TOKENIZERS:
         raise UserError(
-            f"{where}: tokenizer.ggml.pre is {pre!r}; lsjax knows {', '.join([*_PRE_TOKENIZERS, *_ALIASES])}. Set it "
+            f"{where}: tokenizer.ggml.pre is {pre!r}; lsjax knows {', '.join([*PRE_TOKENIZERS, *_ALIASES])}. Set it "
             "with the gguf package: gguf-new-metadata --pre-tokenizer NAME OLD.gguf NEW.gguf"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
-    backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pre == "llama-bpe"))
-    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]
+    backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pre in IGNORE_MERGES))
+    backend.pre_tokenizer = PRE_TOKENIZERS[pre]
     backend.decoder = decoders.ByteLevel()
     return backend
 
