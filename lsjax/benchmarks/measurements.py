@@ -75,6 +75,7 @@ class Measurements:
             "tokens_per_round": (new_tokens - len(stats)) / rounds if rounds else None,
             "speedup": self._speedup(autoregressive),
             "matches_autoregressive": self._tokens() == autoregressive._tokens() if greedy else None,
+            "matching_share": self._matching_share(autoregressive) if greedy else None,
             "repetition": self.repetition(),
             "kernels": stats[0].get("kernels"),
             "compile_seconds": self.compile_seconds,
@@ -85,6 +86,15 @@ class Measurements:
         shares = [repetition(text) for texts in self._tokens() for text in texts]
         known = [share for share in shares if share is not None]
         return statistics.mean(known) if known else None
+
+    def _matching_share(self, autoregressive: "Measurements") -> float:
+        """Returns the share of the tokens before the first difference, as the mean over the prompts; 1 without one."""
+        pairs = [
+            pair
+            for theirs, ours in zip(autoregressive._tokens(), self._tokens(), strict=True)
+            for pair in zip(theirs, ours, strict=True)
+        ]
+        return statistics.mean(_equal_prefix(theirs, ours) / max(len(theirs), len(ours)) for theirs, ours in pairs)
 
     def _speedup(self, autoregressive: "Measurements") -> float | None:
         """Returns the median over the batches of autoregressive decoding's time per token over this decoder's."""
@@ -105,6 +115,47 @@ class Measurements:
 
     def _tokens(self) -> list[list[list[int]]]:
         return [repeats[0].tokens for repeats in self.results]
+
+
+def other_library_stats(
+    label: str,
+    texts: list[list[int]],
+    first_seconds: float,
+    seconds: float,
+    *,
+    batch_size: int = 1,
+    exit_layer: int | None = None,
+    num_speculations: int | None = None,
+) -> list[dict[str, Any]]:
+    """Returns stats with the keys of our own for texts that another library decoded.
+
+    texts: the new tokens of each. first_seconds: until the first ones. seconds: for all others.
+    """
+    looped = sum(map(len, texts)) - len(texts)  # prefill makes the first token of each text
+    common = {
+        "strategy": label,
+        "exit_layer": exit_layer,
+        "num_speculations": num_speculations,
+        "draft_weights": None,
+        "draft_vocabulary": None,
+        "lookup": None,
+        "batch_size": batch_size,
+        "seconds": seconds,
+        "ms_per_token": 1e3 * seconds / looped if looped else None,
+        "tokens_per_second": looped / seconds if looped else None,
+        "time_to_first_token_ms": 1e3 * first_seconds,
+        "rounds": 0,
+        "drafted": 0,
+        "accepted": 0,
+        "drafted_by_position": [],
+        "accepted_by_position": [],
+    }
+    return [common | {"new_tokens": len(tokens)} for tokens in texts]
+
+
+def _equal_prefix(a: list[int], b: list[int]) -> int:
+    """Returns the number of tokens before the first difference."""
+    return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _median(values: list[float]) -> float | None:

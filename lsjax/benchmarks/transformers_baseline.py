@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lsjax.benchmarks.measurements import other_library_stats
 from lsjax.benchmarks.torch_baseline import INSTALL_HINT
 from lsjax.decoding.batch import PromptBatch
 from lsjax.decoding.model import Model
@@ -148,27 +149,16 @@ class TransformersDecoder:
         starts = range(0, len(batch.lengths), batch.batch_size)
         parts = [self.model.decode(batch.part(start, start + batch.batch_size), mode) for start in starts]
         texts = [tokens for part in parts for tokens in part.tokens]
-        seconds = sum(part.seconds for part in parts)
-        looped = sum(map(len, texts)) - len(texts)  # prefill makes the first token of each text
-        common = {
-            "strategy": self.label,
-            "exit_layer": mode.exit_layer,
-            "num_speculations": mode.num_speculations,
-            "draft_weights": None,
-            "draft_vocabulary": None,
-            "lookup": None,
-            "batch_size": batch.batch_size,
-            "seconds": seconds,
-            "ms_per_token": 1e3 * seconds / looped if looped else None,
-            "tokens_per_second": looped / seconds if looped else None,
-            "time_to_first_token_ms": 1e3 * parts[0].first_seconds,
-            "rounds": 0,
-            "drafted": 0,
-            "accepted": 0,
-            "drafted_by_position": [],
-            "accepted_by_position": [],
-        }
-        return GenerateResult(texts, [], [common | {"new_tokens": len(tokens)} for tokens in texts])
+        stats = other_library_stats(
+            self.label,
+            texts,
+            parts[0].first_seconds,
+            sum(part.seconds for part in parts),
+            batch_size=batch.batch_size,
+            exit_layer=mode.exit_layer,
+            num_speculations=mode.num_speculations,
+        )
+        return GenerateResult(texts, [], stats)
 
     def bytes_per_round(self) -> None:
         """Returns None: the bytes that transformers reads are not known."""

@@ -1,5 +1,6 @@
 """Tables and lines that a person reads on a terminal."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -60,7 +61,6 @@ def _number(key: str, spec: str = "") -> Callable[[dict[str, Any]], str]:
     return lambda run: _text(run.get(key), spec)
 
 
-_SAME_TOKENS = {True: "yes", False: "no", None: "-"}
 _COLUMNS = (
     _Column("strategy", "strategy", 17, True, lambda run: _strategy(run)),
     _Column("exit", "exit", 4, True, _number("exit_layer")),
@@ -72,7 +72,7 @@ _COLUMNS = (
     _Column("tokens/round", "tokens/\nround", 7, False, _number("tokens_per_round", ".2f")),
     _Column("speed-up", "speed-up", 8, True, _number("speedup", ".2f")),
     _Column("predicted", "predicted", 9, True, _number("predicted_speedup", ".2f")),
-    _Column("same tokens", "same\ntokens", 6, True, lambda run: _SAME_TOKENS[run["matches_autoregressive"]]),
+    _Column("same tokens", "same\ntokens", 6, True, lambda run: _same_tokens(run)),
     _Column("repeated", "repeated", 8, True, _number("repetition", ".0%")),
 )
 
@@ -125,6 +125,14 @@ def _drafts(run: dict[str, Any]) -> str:
     return _text(run["num_speculations"]) + (f" or {run['lookup']} copied" if run["lookup"] else "")
 
 
+def _same_tokens(run: dict[str, Any]) -> str:
+    """Returns whether the tokens are autoregressive's; if not, the share of them before the first difference."""
+    if run["matches_autoregressive"] is None:
+        return "-"
+    # Rounded down, because 100 % would read as all of them.
+    return "yes" if run["matches_autoregressive"] else f"{math.floor(100 * run['matching_share'])}%"
+
+
 def decoding_notes(report: dict[str, Any]) -> list[str]:
     """Returns the lines under a decoding table: how not to read its speeds, and a setting that does not pay."""
     notes = []
@@ -160,6 +168,8 @@ def print_decoding_report(report: dict[str, Any]) -> None:
     print_table(decoding_table(report, console.width if console.is_terminal else None))
     for note in decoding_notes(report):
         print(note)
+    if "baseline" in report:
+        print(f"compared with {report['baseline']}")
 
 
 def bandwidth_line(report: dict[str, Any]) -> str:

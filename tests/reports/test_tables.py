@@ -16,7 +16,7 @@ def run(strategy="self_speculative", **others):
         "strategy": strategy, "exit_layer": 12, "num_speculations": 16, "draft_weights": None, "lookup": None,
         "batch_size": 1, "tokens_per_second": 12345.6, "ms_per_token": 1234.56, "time_to_first_token_ms": 123456.7,
         "acceptance_rate": 1.0, "tokens_per_round": 16.25, "speedup": 10.25, "predicted_speedup": None,
-        "matches_autoregressive": True, "repetition": 0.125,
+        "matches_autoregressive": True, "matching_share": 1.0, "repetition": 0.125,
     }  # fmt: skip
     return default | others
 
@@ -29,7 +29,7 @@ LONGEST = [
     run("autoregressive", exit_layer=None, num_speculations=None, acceptance_rate=None),
     run("self_speculative", draft_weights="int8"),
     run("self_speculative", lookup=16),
-    run("transformers, dynamic cache", matches_autoregressive=False),
+    run("transformers, dynamic cache", matches_autoregressive=False, matching_share=0.999),
 ]
 
 
@@ -54,6 +54,7 @@ def test_every_width_shows_whole_numbers_and_words(width, predicted):
     assert max(map(len, lines)) <= width
     words = " ".join(lines).split()
     whole = ["strategy", "repeated", "12346", "10.25", "self_speculative,", "transformers,", "16", "copied", "12%"]
+    whole += ["yes", "99%"]
     if width >= 120:
         whole += ["1234.56", "123456.7", "16.25", "100%"]
     assert not [word for word in whole if word not in words]
