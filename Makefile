@@ -41,9 +41,9 @@ test-fuzz: $(READY)  ## Every malformed input, and runs that are killed, started
 notebooks: $(READY)  ## Run the notebooks and write them with their outputs.
 	$(RUN) notebooks/build.py
 
-parity: $(PARITY)  ## PyTorch for the CPU, transformers and peft, for the flags --compare.
+parity: $(PARITY)  ## PyTorch for the CPU, transformers, peft and llama.cpp, for the flags --compare.
 
-test-parity: $(PARITY)  ## Against transformers and peft on the same weights (torch is large), and lm-evaluation-harness.
+test-parity: $(PARITY)  ## Against transformers, peft and llama.cpp on the same weights (torch is large), and lm-evaluation-harness.
 	$(RUN) -m pytest tests/parity
 
 test-pythons: $(READY)  ## A fast part of the tests on every Python of PYTHONS that is here, with the newest packages.
@@ -115,7 +115,7 @@ $(READY): requirements.lock pyproject.toml
 # torch by its exact version: a range would take a build with several GB of CUDA packages where a CPU build is at hand.
 $(PARITY): $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock accelerate "peft>=0.21" "transformers>=5.23" "sentencepiece>=0.2.2" "lm-eval>=0.4.10"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock accelerate "peft>=0.21" "transformers>=5.23" "sentencepiece>=0.2.2" "lm-eval>=0.4.10" "xllamacpp>=2026.10"
 	touch $(PARITY)
 
 # Of its own: where these are installed, JAX looks for a TPU and for CUDA each time it starts.

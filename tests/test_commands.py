@@ -113,6 +113,15 @@ BAD_DECODING = {
     "kernels": (["--model={run}", "--kernels=some"], "value should be one of <auto|on|off>"),
     "cache": (["--model={run}", "--cache=int4"], "value should be one of <auto|int8>"),
     "cache beside others": (["--model={run}", "--cache=int8", "--compare=transformers"], "leave --weights and --cache"),
+    "an unknown baseline": (
+        ["--model={run}", "--compare=llama_cpp,vllm"],
+        "'vllm' is not one of transformers",
+    ),
+    "batches beside llama.cpp": (["--model={run}", "--compare=llama_cpp", "--batch_size=2"], "one prompt at a time"),
+    "drafts beside llama.cpp": (
+        ["--model={run}", "--compare=llama_cpp", "--strategies=autoregressive", "--exit_layer=2"],
+        "--exit_layer has no effect here: --strategies=autoregressive runs all layers",
+    ),
     "no reuse of int8": (["--model={run}", "--compare=no_reuse", "--draft_weights=int8"], "drafts in int8 are never"),
     "lookup of nothing": (["--model={run}", "--strategies=autoregressive", "--lookup=4"], "--lookup is a setting of"),
     "int8 drafts of int8": (["--model={run}", "--weights=int8", "--draft_weights=int8"], "--weights"),
@@ -253,16 +262,20 @@ def test_bad_input_ends_a_process_with_status_2_and_one_line(tmp_path):
 
 
 def test_convert_and_decode_the_result(workdir, tmp_path):
-    for source, target, form in ((workdir, "hf", "huggingface"), (tmp_path / "hf", "again", "lsjax")):
+    for source, target, form in (
+        (workdir, "hf", "huggingface"),
+        (tmp_path / "hf", "again", "lsjax"),
+        (workdir, "it.gguf", "gguf"),
+    ):
         result = run("convert.py", f"--from={source}", f"--to={tmp_path / target}", f"--format={form}")
         assert result.returncode == 0, result.stderr
         assert "float32" in result.stdout
     texts = []
-    for model in (workdir, tmp_path / "hf", tmp_path / "again"):
+    for model in (workdir, tmp_path / "hf", tmp_path / "again", tmp_path / "it.gguf"):
         result = run("decode.py", f"--model={model}", "--prompt=import os", "--max_new_tokens=8", "--repeats=1")
         assert result.returncode == 0, result.stderr
         texts.append(result.stdout.split("--- autoregressive")[1])
-    assert texts[0] == texts[1] == texts[2]
+    assert texts == [texts[0]] * 4
 
 
 BAD_CONVERSION = {

@@ -10,6 +10,7 @@ import tokenizers
 from lsjax.benchmarks.decoding import benchmark
 from lsjax.benchmarks.measurements import Measurements
 from lsjax.benchmarks.transformers_baseline import TransformersModel
+from lsjax.cli.main import main
 from lsjax.data.tokenizer import Tokenizer, train_tokenizer
 from lsjax.decoding.model import Model
 from lsjax.decoding.results import GenerateResult
@@ -193,3 +194,11 @@ def test_comparing_without_transformers_says_what_to_install(model, monkeypatch)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match="comparing with transformers needs torch: run `make parity`, or pip install"):
         TransformersModel(model)
+
+
+def test_comparing_without_llama_cpp_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    assert main(["decode", "--model=python-20m", "--prompt=x", "--compare=llama_cpp"]) == 2
+    told = capsys.readouterr().err
+    assert "comparing with llama.cpp needs xllamacpp: run `make parity`, or pip install xllamacpp" in told
+    assert told.count("\n") == 1

@@ -10,6 +10,7 @@ On text that the training run held out, or on prompts of yours:
   lsjax decode --model=runs/demo --prompt="import os" \\
     --temperature=0.8
   lsjax decode --model=runs/demo --lookup=8 --compare=transformers
+  lsjax decode --model=runs/demo --compare=transformers,llama_cpp
   lsjax decode --model=runs/demo --exit_layer=2 --draft_weights=int8
 
 The best setting, predicted from one decoding of the prompts and a few timings, or found by measuring a grid:
@@ -20,15 +21,16 @@ The best setting, predicted from one decoding of the prompts and a few timings, 
 
 Times never include compilation, repeats of the strategies are interleaved, and speeds are medians over the prompts.
 "speed-up" compares with this run's own autoregressive decoding of the same prompts. "same tokens" says whether the
-tokens are exactly its tokens. For greedy self_speculative in float32 they always are; with --cache=int8 a difference in
-the last bit may, rarely, round an entry to the next value.
+tokens are exactly its tokens; if not, it is the share of them before the first difference. Those of greedy
+self_speculative in float32 always are; with --cache=int8 a difference in the last bit may, rarely, round an entry to
+the next value.
 
 To see or save texts without measuring, use generate.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +39,13 @@ from lsjax.cli.flags import Arguments, CommandFlags
 from lsjax.errors import UserError
 
 if TYPE_CHECKING:
-    from lsjax.benchmarks.measurements import Decoder
-    from lsjax.decoding.batch import Prompt, PromptBatch
+    from lsjax.benchmarks.decoding import MakeDecoders
+    from lsjax.decoding.batch import Prompt
     from lsjax.decoding.model import Model
     from lsjax.decoding.strategies import SelfSpeculative, Strategy
     from lsjax.tuning.cost_model import Tuning
 
+_BASELINES = ("transformers", "llama_cpp", "no_reuse")
 _GRID_FLAGS = ("sweep_exit_layers", "sweep_num_speculations")
 
 
@@ -62,12 +65,11 @@ def define_flags(flags: CommandFlags) -> None:
     shared.define_hardware(flags)
     flags.group("Measuring")
     flags.integer("repeats", 3, "Measurements of each prompt and strategy.")
-    flags.choice(
+    flags.comma_list(
         "compare",
-        None,
-        ["transformers", "no_reuse"],
-        "Also decode with PyTorch transformers and the same weights, or verify drafts without reusing their states and "
-        "cache entries.",
+        "",
+        "Also decode the same weights with transformers (PyTorch) or llama_cpp, or verify drafts without reusing their "
+        "states and cache entries (no_reuse); several are compared in one run.",
     )
     flags.path("sweep", None, "Measure a grid of settings; leave sweep.csv and sweep.png in this folder.")
     flags.comma_list("sweep_exit_layers", "", "Exit layers of the grid (default: four up to half of the layers).")
@@ -97,9 +99,14 @@ def _check_combinations(arguments: Arguments) -> None:
     given = arguments.prompt is not None or arguments.prompts is not None
     if arguments.draft_weights and (arguments.weights or arguments.sweep):
         raise UserError("--draft_weights goes with neither --weights (its drafts are in int8 already) nor --sweep")
+    unknown = [name for name in arguments.compare if name not in _BASELINES]
+    if unknown:
+        raise UserError(f"--compare: {unknown[0]!r} is not one of {', '.join(_BASELINES)}")
     if arguments.compare and (arguments.weights or arguments.cache == "int8"):
         raise UserError("--compare is of the same model: leave --weights and --cache away")
-    if arguments.compare == "no_reuse" and arguments.draft_weights:
+    if "llama_cpp" in arguments.compare and arguments.batch_size > 1:
+        raise UserError("--compare=llama_cpp decodes one prompt at a time: leave --batch_size at 1")
+    if "no_reuse" in arguments.compare and arguments.draft_weights:
         raise UserError("--compare=no_reuse: drafts in int8 are never reused, so leave --draft_weights away")
     if given:
         arguments.refuse(["num_prompts", "prompt_tokens"], "they choose held-out prompts, and prompts are given")
@@ -128,10 +135,11 @@ def _check_strategies(arguments: Arguments) -> None:
         raise UserError(f"--strategies: {unknown[0] if unknown else 'empty'!r} is not one of {choices}")
     if "auto" in (arguments.exit_layer, arguments.num_speculations) and "self_speculative" not in names:
         raise UserError("auto is a choice for self_speculative: put it into --strategies, or give a number")
+    drafting_baseline = {"transformers", "no_reuse"} & set(arguments.compare)
     for flag in shared.DRAFT_FLAGS:
-        if arguments.given(flag) and "self_speculative" not in names and not arguments.compare:
+        if arguments.given(flag) and "self_speculative" not in names and not drafting_baseline:
             raise UserError(f"--{flag} is a setting of self_speculative: put it into --strategies")
-    if names == ["autoregressive"] and not arguments.compare:
+    if names == ["autoregressive"] and not drafting_baseline:
         arguments.refuse(["exit_layer"], "--strategies=autoregressive runs all layers")
 
 
@@ -146,6 +154,10 @@ def _compare(arguments: Arguments, model: "Model", prompts: Sequence["Prompt"]) 
     report = benchmark(
         model, prompts, strategies, tuning=tuning, baselines=baselines, stop=arguments.stop, **_settings(arguments)
     )
+    if "llama_cpp" in arguments.compare:
+        from lsjax.benchmarks.llama_cpp_baseline import describe_library
+
+        report |= {"baseline": describe_library()}
     print_decoding_report(report)
     print(bandwidth_line(report))
     if tuning:
@@ -225,9 +237,7 @@ def _strategies(arguments: Arguments, drafting: "SelfSpeculative") -> list["Stra
     return [*chosen, dataclasses.replace(drafting, lookup=arguments.lookup)] if arguments.lookup else chosen
 
 
-def _baselines(
-    arguments: Arguments, model: "Model", drafting: "SelfSpeculative"
-) -> "Callable[[list[PromptBatch]], Sequence[Decoder]] | None":
+def _baselines(arguments: Arguments, model: "Model", drafting: "SelfSpeculative") -> "MakeDecoders | None":
     """Returns a function that makes the decoders of --compare for some batches; None without --compare."""
     if not arguments.compare:
         return None
@@ -235,21 +245,32 @@ def _baselines(
         raise UserError("--compare is for greedy decoding: leave --temperature at 0")
     if arguments.stop:
         raise UserError("--compare knows no --stop: give one or the other")
-    if not arguments.num_speculations:
+    if set(arguments.compare) != {"llama_cpp"} and not arguments.num_speculations:
         raise UserError("--compare drafts with the early layers: it needs --num_speculations of at least 1")
-    if arguments.compare == "no_reuse":
-        from lsjax.benchmarks.decoding import StrategyDecoder
+    make = {"transformers": _transformers_decoders, "llama_cpp": _llama_cpp_decoders, "no_reuse": _no_reuse_decoders}
+    makers = [make[name](model, drafting, arguments.batch_size) for name in dict.fromkeys(arguments.compare)]
+    return lambda batches: [decoder for make_decoders in makers for decoder in make_decoders(batches)]
 
-        return lambda batches: [StrategyDecoder(model, drafting, batches, reuse=False)]
+
+def _transformers_decoders(model: "Model", drafting: "SelfSpeculative", batch_size: int) -> "MakeDecoders":
     from lsjax.benchmarks.transformers_baseline import TransformersDecoder, TransformersModel, transformers_modes
 
-    modes = transformers_modes(drafting.exit_layer, drafting.num_speculations, arguments.batch_size)
+    modes = transformers_modes(drafting.exit_layer, drafting.num_speculations, batch_size)
     theirs = TransformersModel(model)
+    return lambda batches: [TransformersDecoder(theirs, mode, batches) for mode in modes]
 
-    def make_baselines(batches: "list[PromptBatch]") -> "Sequence[Decoder]":
-        return [TransformersDecoder(theirs, mode, batches) for mode in modes]
 
-    return make_baselines
+def _llama_cpp_decoders(model: "Model", *_: Any) -> "MakeDecoders":
+    from lsjax.benchmarks.llama_cpp_baseline import import_library, llama_cpp_decoders
+
+    import_library()
+    return lambda batches: llama_cpp_decoders(model, batches)
+
+
+def _no_reuse_decoders(model: "Model", drafting: "SelfSpeculative", _: int) -> "MakeDecoders":
+    from lsjax.benchmarks.decoding import StrategyDecoder
+
+    return lambda batches: [StrategyDecoder(model, drafting, batches, reuse=False)]
 
 
 def _write(arguments: Arguments, report: dict[str, Any]) -> None:
