@@ -1,11 +1,14 @@
 """Files written so that nobody ever sees half of one, and read with errors that name them."""
 
+import contextlib
+import glob
 import json
 import os
 import re
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +24,83 @@ def shipped_folder(name: str) -> Path:
     return package / name if (package / name).is_dir() else package.parent / name
 
 
+_unfinished: set[Path] = set()
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[None]:
+    """Marks a file or folder that is not complete within the context, for a process that must end there at once."""
+    _unfinished.add(path)
+    try:
+        yield
+    finally:
+        _unfinished.discard(path)
+
+
+def remove_unfinished() -> None:
+    """Removes the files and folders that are not complete."""
+    for path in list(_unfinished):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file beside `path`, flushes it to disk, then renames it to `path`. Raises UserError when it cannot."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with unfinished(temporary):
+        try:
+            with temporary.open("xb") as file:  # unlike a file of the tempfile module, this one has the umask's mode
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Gives an empty folder beside `target`, to be filled and renamed to it. What is there at the end is removed.
+
+    The scratch folders of processes that were killed are removed first. A folder in use is locked.
+    """
+    target = Path(target).absolute()
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        if _TEMPORARY.fullmatch(left.name) and left.is_dir():
+            with _locked_folder(left) as is_ours:
+                if is_ours:
+                    shutil.rmtree(left, ignore_errors=True)
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    scratch.mkdir()
+    with unfinished(scratch), _locked_folder(scratch):
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked_folder(path: Path) -> Iterator[bool]:
+    """Locks a folder until the end of the context or of the process; gives whether no other process has locked it."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        with temporary.open("xb") as file:  # unlike a file of the tempfile module, this one has the umask's mode
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        yield _lock(handle)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (ImportError, OSError):  # Windows; in use, or on a file system without locks
+        return False
 
 
 def obey_umask(path: Path) -> None:

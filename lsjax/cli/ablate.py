@@ -24,8 +24,10 @@ def define_flags(flags: CommandFlags) -> None:
     flags.comma_list("seeds", "0", "Seeds of parameters, text order and masks, the same for every recipe.")
 
 
-def main(arguments: Arguments) -> None:
-    """Runs the command."""
+def main(arguments: Arguments) -> int:
+    """Runs the command. Returns 128 plus the number of the signal that interrupted training, as shells do."""
     from lsjax.experiments.ablation.ablate import ablate
 
-    ablate(arguments.read_config(), Path(arguments.workdir), arguments.recipes, arguments.integers("seeds"))
+    seeds = arguments.integers("seeds")
+    interrupted = ablate(arguments.read_config(), Path(arguments.workdir), arguments.recipes, seeds)
+    return 128 + interrupted if interrupted else 0

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 from absl import flags, logging
 
+from lsjax.cli.ending import BAD_INPUT, say
 from lsjax.cli.flags import HELP, Arguments, CommandFlags, fill_paragraphs
 from lsjax.errors import UserError
-
-BAD_INPUT, INTERRUPTED = 2, 130
 
 
 class Command(NamedTuple):
@@ -43,17 +42,11 @@ def run(command: Command, arguments: Sequence[str], program: str, call: str) -> 
         return command.main(command_flags.parse(arguments)) or 0
     except UserError as error:
         if _among_others():
-            _print_error(program, error)
-            sys.stdout.flush()
+            say(program, error)
             time.sleep(2)  # so that the other processes, which found the same fault, can print it too
             os._exit(BAD_INPUT)  # an orderly end would wait for the other processes
-        _print_error(program, error)
+        say(program, error)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        _print_error(program, "interrupted")
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone
-        os._exit(1)
 
 
 def prepare_process() -> None:
@@ -78,11 +71,6 @@ def _thread_every_virtual_device() -> None:
     devices = os.environ.get("JAX_NUM_CPU_DEVICES", "")
     if devices.isdecimal() and int(devices) > 1:
         os.environ.setdefault("PJRT_NPROC", str(4 * int(devices)))
-
-
-def _print_error(program: str, message: object) -> None:
-    sys.stdout.flush()
-    print(f"{program}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def _among_others() -> bool:

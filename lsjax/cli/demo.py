@@ -21,9 +21,10 @@ def define_flags(flags: CommandFlags) -> None:
     flags.comma_list("num_speculations", "1,2,3", "Drafted tokens per round.")
 
 
-def main(arguments: Arguments) -> None:
-    """Runs the command."""
+def main(arguments: Arguments) -> int:
+    """Runs the command. Returns 128 plus the number of the signal that interrupted training, as shells do."""
     from lsjax.experiments.demo import DemoSettings, run_demo
 
     settings = DemoSettings(arguments.integers("exit_layers"), arguments.integers("num_speculations"))
-    run_demo(arguments.read_config(), arguments.workdir, settings)
+    result = run_demo(arguments.read_config(), arguments.workdir, settings)
+    return 128 + result if isinstance(result, int) else 0

@@ -21,8 +21,8 @@ def define_flags(flags: CommandFlags) -> None:
     flags.path("workdir", "runs/smollm2", "Folder of the run; created, or resumed from.")
 
 
-def main(arguments: Arguments) -> None:
-    """Runs the command."""
+def main(arguments: Arguments) -> int:
+    """Runs the command. Returns 128 plus the number of the signal that interrupted training, as shells do."""
     from lsjax.experiments.continual import run_continual_demo
     from lsjax.experiments.pretrained import MEMBER, fetch_smollm2
 
@@ -30,4 +30,5 @@ def main(arguments: Arguments) -> None:
     path = Path(config.initial_model)
     if path.name == Path(MEMBER).name:
         fetch_smollm2(path.parent)
-    run_continual_demo(config, arguments.workdir)
+    interrupted = run_continual_demo(config, arguments.workdir)
+    return 128 + interrupted if interrupted else 0

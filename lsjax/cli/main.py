@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lsjax.cli.ending import BAD_INPUT, run_to_the_end, say
+
 # One line for each module of this package that is a command; --help prints them without importing anything.
 GROUPS = {
     "Use a model": {
@@ -45,7 +47,11 @@ then decodes faster with it (arXiv 2404.16710).
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `lsjax ARGUMENTS` and returns the exit status. arguments: those of the process by default."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    return run_to_the_end("lsjax", lambda: _run(given))
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("--help", "-help", "-h", "help"):
         print(usage())
         return 0
@@ -54,15 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name = arguments[0].replace("-", "_")
     if name not in COMMANDS:
-        print(f"lsjax: {_unknown(arguments[0])}", file=sys.stderr)
-        return 2
+        say("lsjax", _unknown(arguments[0]))
+        return BAD_INPUT
     return run_command(name, arguments[1:], program=f"lsjax {name}", call=f"lsjax {name}")
 
 
 def launch(name: str) -> None:
     """Runs a command as the script launch/NAME.py, and exits with its status."""
-    call = f"python launch/{name}.py"
-    sys.exit(run_command(name, sys.argv[1:], program=os.path.basename(sys.argv[0]), call=call))
+    call, program = f"python launch/{name}.py", os.path.basename(sys.argv[0])
+    sys.exit(run_to_the_end(program, lambda: run_command(name, sys.argv[1:], program, call)))
 
 
 def run_command(name: str, arguments: Sequence[str], program: str, call: str) -> int:

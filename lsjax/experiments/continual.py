@@ -1,6 +1,7 @@
 """Compares every exit of a pretrained model before and after continual training with LayerSkip."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from lsjax.training.loop import train
 QUESTION = "What is the capital of France?"
 
 
-def run_continual_demo(config: Config, workdir: str | Path) -> None:
+def run_continual_demo(config: Config, workdir: str | Path) -> signal.Signals | None:
     """Asks the initial model a question, measures its exits, trains (or resumes), and measures them again.
 
-    Prints both measurements side by side, and writes before.json, after.json and exits.png to `workdir`.
+    Prints both measurements side by side, and writes before.json, after.json and exits.png to `workdir`. Returns the
+    signal that interrupted training, if one did.
     """
     workdir = Path(workdir)
     model = load(config.initial_model)
@@ -37,8 +39,8 @@ def run_continual_demo(config: Config, workdir: str | Path) -> None:
     del model
     print_table(comparison_table({"before": before}))
     result = train(config, workdir)
-    if result.profile is None:  # interrupted; the same command resumes
-        return
+    if result.profile is None:  # the same command resumes
+        return result.interrupted
     _write_profile(workdir / "after.json", result.profile, config.evaluation.max_batches)
     print_table(comparison_table({"before": before, "after": result.profile}))
     change = result.profile.loss[-1] / before.loss[-1] - 1
@@ -46,6 +48,7 @@ def run_continual_demo(config: Config, workdir: str | Path) -> None:
     draw_comparison(workdir / "exits.png", {"before": before, "after": result.profile})
     print(f"picture: {workdir / 'exits.png'}")
     print(f"the question again: {answer(load(workdir), QUESTION)}")
+    return None
 
 
 def answer(model: Model, question: str, max_new_tokens: int = 48) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,11 +87,11 @@ class Snapshot(NamedTuple):
     texts: dict[str, str]
 
 
-def run_demo(config: Config, workdir: str | Path, settings: DemoSettings) -> dict[str, Any]:
+def run_demo(config: Config, workdir: str | Path, settings: DemoSettings) -> dict[str, Any] | signal.Signals:
     """Measures the initial model, trains it (or resumes), and measures it again, on the same held-out text.
 
-    Prints both, and writes before.json, report.json and demo.png to `workdir`. Returns the report; an empty one when
-    training was interrupted.
+    Prints both, and writes before.json, report.json and demo.png to `workdir`. Returns the report, or the
+    signal that interrupted training.
     """
     workdir = Path(workdir)
     settings.check(config)
@@ -107,8 +108,8 @@ def run_demo(config: Config, workdir: str | Path, settings: DemoSettings) -> dic
     del model
 
     result = train(config, workdir)
-    if result.profile is None:  # interrupted, so there is nothing to show yet
-        return {}
+    if result.profile is None:  # there is nothing to show yet
+        return result.interrupted or signal.SIGTERM
     model = load(workdir)
     after = _decode(model, result.profile, config, prompts, settings)
     report = {"before": _tree(before), "after": _tree(after)}

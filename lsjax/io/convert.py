@@ -1,8 +1,6 @@
 """Converts a model to another format on disk."""
 
 import dataclasses
-import secrets
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +9,7 @@ import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
-from lsjax.files import make_folder
+from lsjax.files import make_folder, scratch_folder
 from lsjax.io.adapter import AdaptedSource
 from lsjax.io.checkpoints import save_model
 from lsjax.io.exit_adapter import write_exit_adapter
@@ -65,19 +63,16 @@ def convert(
     model = open_model(source, adapter)
     params = _load_adapter(model, source, dtype) if form == "peft" else _load_params(model, dtype)
     exit_adapter = None if form == "peft" else _load_exit_adapter(model, dtype)
-    scratch = target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}")
-    scratch.mkdir()
-    try:
-        _write(model, params, scratch, form)
-        if exit_adapter:
-            write_exit_adapter(scratch, exit_adapter)
-        scratch.replace(target)
-    except UserError:
-        raise
-    except Exception as error:  # safetensors and Orbax raise their own types when the disk is full
-        raise UserError(f"cannot write {target}: {str(error).strip() or type(error).__name__}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with scratch_folder(target) as scratch:
+        try:
+            _write(model, params, scratch, form)
+            if exit_adapter:
+                write_exit_adapter(scratch, exit_adapter)
+            scratch.replace(target)
+        except UserError:
+            raise
+        except Exception as error:  # safetensors and Orbax raise their own types when the disk is full
+            raise UserError(f"cannot write {target}: {str(error).strip() or type(error).__name__}") from None
     return Converted(model.config, params, exit_adapter)
 
 

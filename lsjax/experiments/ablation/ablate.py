@@ -1,5 +1,6 @@
 """Runs an ablation from the first training run to its table and figure."""
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,19 +15,21 @@ from lsjax.files import as_path
 from lsjax.reports.tables import print_table
 
 
-def ablate(config: Config, workdir: str | Path, names: Sequence[str] = (), seeds: Sequence[int] = (0,)) -> None:
+def ablate(
+    config: Config, workdir: str | Path, names: Sequence[str] = (), seeds: Sequence[int] = (0,)
+) -> signal.Signals | None:
     """Trains recipes from each seed, prints the table of all finished recipes, and writes ablation.png to `workdir`.
 
     names: the recipes beside the baseline; empty for all. When interrupted it stops after saving, and the same call
-    resumes. Raises UserError for an unknown recipe or a seed out of range.
+    resumes; it returns the signal. Raises UserError for an unknown recipe or a seed out of range.
     """
     if not seeds:
         raise UserError("seeds must be numbers from 0 on, got none")
     for seed in seeds:
         check_seed(seed, "each of seeds")
     workdir, layers = as_path(workdir, "workdir"), config.model.num_layers
-    if not run_all(config, workdir, choose(names, layers), seeds):
-        return
+    if interrupted := run_all(config, workdir, choose(names, layers), seeds):
+        return interrupted
     found = outcomes(workdir, list(recipes(layers).values()))
     print()
     print_table(table(found, layers))
@@ -34,3 +37,4 @@ def ablate(config: Config, workdir: str | Path, names: Sequence[str] = (), seeds
         print(line)
     draw_ablation(workdir / "ablation.png", found, layers)
     print(f"picture: {workdir / 'ablation.png'}")
+    return None

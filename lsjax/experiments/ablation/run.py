@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -51,10 +52,10 @@ def check(config: Config) -> None:
 
 def run_all(
     config: Config, workdir: Path, recipes: Sequence[Recipe], seeds: Sequence[int], note: Callable[[str], None] = print
-) -> bool:
+) -> signal.Signals | None:
     """Trains and measures everything; writes WORKDIR/RECIPE/seedN/result.json and WORKDIR/step_times.json.
 
-    Returns False when interrupted.
+    Returns the signal that interrupted it, if one did.
     """
     check(config)
     if not config.data.directory:  # shared by all runs
@@ -74,11 +75,11 @@ def run_all(
             note(f"{index}/{len(runs)} {recipe.name}, seed {seed}: done before")
             continue
         note(f"\n{index}/{len(runs)} {recipe.name}, seed {seed}: {recipe.about}{left}")
-        if not _run(recipe.config(config, seed), folder, note):
-            return False
+        if interrupted := _run(recipe.config(config, seed), folder, note):
+            return interrupted
         done += 1
     measure_step_times(config, workdir, recipes, note)
-    return True
+    return None
 
 
 def is_done(folder: Path) -> bool:
@@ -86,10 +87,10 @@ def is_done(folder: Path) -> bool:
     return (folder / "result.json").is_file()
 
 
-def _run(config: Config, folder: Path, note: Callable[[str], None]) -> bool:
+def _run(config: Config, folder: Path, note: Callable[[str], None]) -> signal.Signals | None:
     result = train(config, folder)
     if result.profile is None:
-        return False
+        return result.interrupted
     prompts = held_out_prompts(folder, _PROMPTS, min(_PROMPT_TOKENS, config.training.sequence_length))
     strategies = Grid(default_exit_layers(config.model.num_layers), _NUM_SPECULATIONS).strategies()
     report = benchmark(load(folder), prompts, strategies, max_new_tokens=_NEW_TOKENS, repeats=1, note=note)
@@ -97,7 +98,7 @@ def _run(config: Config, folder: Path, note: Callable[[str], None]) -> bool:
     runs = [run for run in report["runs"] if run["strategy"] == "self_speculative"]
     result = {"profile": profile, "decoding": runs, "evaluations": _evaluations(folder)}
     write_atomically(folder / "result.json", json.dumps(result))
-    return True
+    return None
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
