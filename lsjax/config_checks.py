@@ -6,7 +6,7 @@ The configuration's classes are defined one floor above (config.py), so argument
 import dataclasses
 from typing import Any
 
-from lsjax.checks import MAX_INTEGER, check_positive, check_seed, require
+from lsjax.checks import MAX_FLOAT, MAX_INTEGER, check_positive, check_seed, require
 
 
 def check_config(config: Any) -> None:
@@ -40,6 +40,12 @@ def check_model(m: Any) -> Any:
     )
     require(m.head_width % 2 == 0, f"config.model.head_width must be even for rotary embeddings, got {m.head_width}")
     check_positive("model.rope_scaling", m.rope_scaling, "factor", "low_frequency_factor", "original_context_length")
+    fastest = max(1.0, 1 / m.rope_theta) / min(1.0, m.rope_scaling.factor)
+    require(
+        fastest * m.context_length <= MAX_FLOAT,
+        f"config.model.rope_theta ({m.rope_theta}) or rope_scaling.factor ({m.rope_scaling.factor}) is too small: "
+        "angles of the rotary embedding would be infinite",
+    )
     require(
         m.rope_scaling.low_frequency_factor < m.rope_scaling.high_frequency_factor,
         "config.model.rope_scaling.low_frequency_factor must be below high_frequency_factor",

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,7 +193,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_not_pointer(path: Path) -> None:
-    """Raises UserError when a file is a Git LFS pointer, which a clone without Git LFS has in place of the content."""
+    """Raises UserError when a file is a Git LFS pointer, which a clone without Git LFS has in place of the content.
+
+    And when it is a pipe or a device, whose reading might never end.
+    """
+    if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+        raise UserError(f"{path} is a pipe or a device, not a file")
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs.github.com/spec/"):
             raise UserError(f"{path} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull")

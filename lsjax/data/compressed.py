@@ -21,7 +21,7 @@ def plain_name(name: str) -> str:
 
 def is_compressed(name: str) -> bool:
     """Returns whether a file is compressed, by its name."""
-    return name.endswith(SUFFIXES)
+    return name.lower().endswith(SUFFIXES)
 
 
 def open_bytes(path: Path, raw: BinaryIO | None = None) -> BinaryIO:
@@ -32,9 +32,9 @@ def open_bytes(path: Path, raw: BinaryIO | None = None) -> BinaryIO:
     Reading raises one of READ_ERRORS where the file is damaged. Raises UserError for a .zst file where the package
     that reads it is not installed.
     """
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return io.BufferedReader(gzip.GzipFile(path, "rb", fileobj=raw), _BUFFER)  # pyright: ignore[reportArgumentType]
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         return io.BufferedReader(_Zstandard(path, raw), _BUFFER)
     return raw or open(path, "rb")
 

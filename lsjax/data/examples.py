@@ -38,7 +38,7 @@ def example_text(row: dict[str, Any], layout: str, place: object) -> str:
     try:
         text = json.dumps(values, ensure_ascii=False, sort_keys=True)
         text.encode()
-    except (UnicodeEncodeError, TypeError, ValueError) as error:
+    except (UnicodeEncodeError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{place}: {error}") from None
     return text
 

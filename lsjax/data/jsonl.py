@@ -10,6 +10,7 @@ from lsjax.data.compressed import READ_ERRORS, open_bytes, plain_name, unreadabl
 from lsjax.data.tokenizer import check_text
 from lsjax.errors import UserError
 
+_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _COUNTED_AT_ONCE = 1 << 20
@@ -17,7 +18,7 @@ _COUNTED_AT_ONCE = 1 << 20
 
 def is_jsonl(name: str) -> bool:
     """Returns whether a file is JSONL, possibly compressed, by its name."""
-    return plain_name(name).endswith(".jsonl")
+    return plain_name(name).lower().endswith(_SUFFIXES)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

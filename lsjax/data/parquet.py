@@ -11,7 +11,7 @@ _ROWS_AT_ONCE = 256
 
 def is_parquet(name: str) -> bool:
     """Returns whether a file is Parquet, by its name."""
-    return name.endswith(".parquet")
+    return name.lower().endswith(".parquet")
 
 
 def row_group_count(path: Path) -> int:
@@ -30,6 +30,9 @@ def read_parquet(
     missing = [column for column in columns if column not in file.schema_arrow.names]
     if missing:
         raise UserError(f'{path}: want the column "{missing[0]}", got {file.schema_arrow.names[:8]}')
+    repeated = [column for column in columns if file.schema_arrow.names.count(column) > 1]
+    if repeated:
+        raise UserError(f'{path} has several columns "{repeated[0]}"')
     groups = list(range(start, file.num_row_groups if end is None else end))
     number = sum(file.metadata.row_group(group).num_rows for group in range(start))
     try:
@@ -55,7 +58,8 @@ def _open(path: Path) -> Any:
 def _errors() -> tuple[type[Exception], ...]:
     import pyarrow
 
-    return (pyarrow.ArrowException, OSError)
+    # The others are of values that Python cannot hold: texts that are not UTF-8, dates of other ages.
+    return (pyarrow.ArrowException, OSError, ValueError, OverflowError)
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

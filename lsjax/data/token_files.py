@@ -12,17 +12,20 @@ _SEARCHED_AT_ONCE = 1 << 20
 
 def is_token_file(name: str) -> bool:
     """Returns whether a file may hold tokens, by its name."""
-    return name.endswith((".npy", ".bin"))
+    return name.lower().endswith((".npy", ".bin"))
 
 
 def open_tokens(path: Path, dtype: str) -> np.ndarray:
     """Maps the tokens of a file into memory. dtype: that of a .bin file; an .npy file says its own."""
     try:
-        if not path.name.endswith(".npy"):
+        if not path.name.lower().endswith(".npy"):
             return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
         tokens = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read {path} as tokens: {getattr(error, 'strerror', None) or error}") from None
+    except Exception as error:  # the header of an .npy file is Python, which may be wrong in many ways
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"cannot read {path} as tokens: {reason}") from None
+    if not isinstance(tokens, np.ndarray):
+        raise UserError(f"{path} holds several arrays; save one row of tokens with numpy.save")
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
         raise UserError(f"{path} must hold one row of uint16 or uint32, got {tokens.dtype} of shape {tokens.shape}")
     return tokens

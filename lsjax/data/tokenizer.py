@@ -5,8 +5,13 @@
 
 import contextlib
 import functools
+import itertools
 import json
+import os
 import re
+import sys
+import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,7 @@ from lsjax.files import write_atomically
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 TOKENIZER, SETTINGS, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+_CANNOT_ENCODE = "this tokenizer cannot encode a text"
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -37,6 +43,8 @@ class Tokenizer:
         # A tokenizer.json may ask to truncate or pad; a document is always encoded whole.
         self.backend.no_truncation()
         self.backend.no_padding()
+        if getattr(self.backend.model, "dropout", None):  # of training: each call would cut a text by other chances
+            self.backend.model.dropout = None
         # "<|end_of_text|>" written in a document or a prompt is plain text and must not become the special token.
         self.backend.encode_special_tokens = True
         self.begin = _begin(backend)
@@ -87,7 +95,8 @@ class Tokenizer:
         tokens are recognised as by `encode_chat`. Raises UserError as `render_turns`.
         """
         text, spans = render_turns(self.settings.get("chat_template"), messages, self._named_tokens())
-        encoding = self._chat_backend.encode(text, add_special_tokens=False)
+        with building(_CANNOT_ENCODE):
+            encoding = self._chat_backend.encode(text, add_special_tokens=False)
         ids, special = self._check_ids(encoding.ids), set(self.special_tokens.values())
         said = [False] * len(ids)
         for start, end in spans:
@@ -113,11 +122,12 @@ class Tokenizer:
         return tokenizers.Tokenizer.from_str(self.backend.to_str())
 
     def _encode(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
-        try:
-            return self._check_ids(backend.encode(text, add_special_tokens=False).ids)
-        except TypeError:
-            check_text(text, "a text to encode")
-            raise
+        with building(_CANNOT_ENCODE):
+            try:
+                return self._check_ids(backend.encode(text, add_special_tokens=False).ids)
+            except TypeError:
+                check_text(text, "a text to encode")
+                raise
 
     def _check_ids(self, ids: list[int]) -> list[int]:
         if self._rows < self.vocab_size and ids and max(ids) >= self._rows:
@@ -129,7 +139,9 @@ class Tokenizer:
 
     def encode_texts(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Yields the ids of texts, without `begin` and `stop`."""
-        for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False):
+        with building(_CANNOT_ENCODE):
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        for encoding in encodings:
             yield self._check_ids(encoding.ids)
 
     def encode_documents(self, texts: Sequence[str]) -> Iterator[list[int]]:
@@ -146,10 +158,11 @@ class Tokenizer:
         Llama 1 and 2 does, or when `context` ends within a character.
         """
         nearest = self._nearest(context)
-        whole = self.backend.decode([*nearest, *ids], skip_special_tokens=True)
+        with building("this tokenizer cannot decode its tokens"):
+            whole = self.backend.decode([*nearest, *ids], skip_special_tokens=True)
+            before = self.backend.decode(nearest, skip_special_tokens=True) if nearest else ""
         if not nearest:
             return whole
-        before = self.backend.decode(nearest, skip_special_tokens=True)
         same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
         return whole[same:]
 
@@ -270,9 +283,41 @@ def building(complaint: str) -> Iterator[None]:
         raise UserError(f"{complaint}: {error}") from None
 
 
+@contextlib.contextmanager
+def panics_silenced() -> Iterator[None]:
+    """Drops what a Rust panic prints on standard error within the context, since it is raised as well."""
+    with _STANDARD_ERROR, tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        before = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        panicked = False
+        try:
+            yield
+        except BaseException as error:
+            panicked = type(error).__name__ == "PanicException"
+            raise
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            held.seek(0)
+            if not panicked:
+                os.write(2, held.read())
+
+
+_STANDARD_ERROR = threading.Lock()
+
+
 def _begin(backend: tokenizers.Tokenizer) -> int | None:
-    """Returns the id that the post-processor puts before a text, or None."""
-    opened = backend.encode("a", add_special_tokens=True).ids
-    plain = backend.encode("a", add_special_tokens=False).ids
-    added = len(opened) > len(plain) and (not plain or opened[: len(plain)] != plain)
-    return opened[0] if added else None
+    """Returns the id that the post-processor puts before a text, or None. Raises ValueError for several ids."""
+    plain, text = [], ""
+    for text in ("a", *itertools.islice(backend.get_vocab(), 9)):  # a vocabulary of whole words may lack "a"
+        with contextlib.suppress(Exception):
+            plain = backend.encode(text, add_special_tokens=False).ids
+        if plain:
+            break
+    opened = backend.encode(text if plain else "", add_special_tokens=True).ids
+    places = range(len(opened) - len(plain) + 1) if plain else [len(opened)]
+    head = opened[: next((place for place in places if opened[place : place + len(plain)] == plain), 0)]
+    if len(head) > 1 or any(backend.id_to_token(index) is None for index in head):
+        raise ValueError(f"its post_processor opens a text with the ids {head}; lsjax knows one id of the vocabulary")
+    return head[0] if head else None

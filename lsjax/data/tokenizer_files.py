@@ -12,8 +12,18 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from lsjax.data.tokenizer import END, GENERATION, SETTINGS, TOKENIZER, Tokenizer, begin_with, building, token_text
-from lsjax.errors import UserError
+from lsjax.data.tokenizer import (
+    END,
+    GENERATION,
+    SETTINGS,
+    TOKENIZER,
+    Tokenizer,
+    begin_with,
+    building,
+    panics_silenced,
+    token_text,
+)
+from lsjax.errors import UserError, shown
 from lsjax.files import check_not_pointer, read_json
 
 _SPECIAL_TOKENS, _ADDED_TOKENS, _TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
@@ -36,27 +46,49 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except OSError as error:  # such as a name of more than 255 bytes
         raise UserError(f"no tokenizer at {path}: {error.strerror}") from None
     folder = path.parent
-    text = _read_tokenizer_json(path)
-    with building(f"{path} is not a tokenizer.json"):
-        backend = tokenizers.Tokenizer.from_str(text)
+    backend = _read_tokenizer_json(path)
     settings = _read_settings(folder, backend)
     end_ids = _listed_end_ids(folder)
     with building(f"{folder}: the special tokens beside {TOKENIZER} cannot be added"):
         _add_tokens(backend, settings, end_ids[1] if end_ids else [], folder)
         _obey_add_bos(backend, settings)
-    return Tokenizer(backend, _stop_ids(path, backend, settings, end_ids), settings)
+    stop = _stop_ids(path, backend, settings, end_ids)
+    with building(str(path)), panics_silenced():
+        return Tokenizer(backend, stop, settings)
 
 
-def _read_tokenizer_json(path: Path) -> str:
+def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     try:
         check_not_pointer(path)
         text = path.read_text(encoding="utf-8")
-        json.loads(text)
+        tree = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"no tokenizer at {path}{_how_to_make_it(path.parent)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a tokenizer.json: {error}") from None
-    return text
+    with building(f"{path} is not a tokenizer.json"), panics_silenced():
+        added = tree.get("added_tokens") or []
+        ordered = sorted(added, key=lambda token: token["id"])
+        # The library numbers added tokens in the order in which they stand, whatever ids the file gives them.
+        backend = tokenizers.Tokenizer.from_str(
+            text if ordered == added else json.dumps(tree | {"added_tokens": ordered})
+        )
+    _check_ids(backend, ordered, path)
+    return backend
+
+
+def _check_ids(backend: tokenizers.Tokenizer, added: list[dict[str, Any]], path: Path) -> None:
+    """Raises UserError when two tokens share an id, or an added token has another id than the file gives it."""
+    for token in added:
+        if backend.token_to_id(token["content"]) not in (token["id"], None):
+            raise UserError(
+                f"{path} gives the added token {token['content']!r} the id {token['id']}, but its vocabulary leaves it "
+                f"{backend.token_to_id(token['content'])}"
+            )
+    owners: dict[int, str] = {}
+    for text, index in backend.get_vocab().items():
+        if owners.setdefault(index, text) != text:
+            raise UserError(f"{path} gives two tokens, {owners[index]!r} and {text!r}, the id {index}")
 
 
 def _how_to_make_it(folder: Path) -> str:
@@ -89,11 +121,7 @@ def _read_settings(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any
 
 def _add_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any], end_ids: list[Any], folder: Path) -> None:
     """Adds the tokens that the other files list or name and tokenizer.json lacks among its added tokens."""
-    values = [settings.get(name) for name in _NAMES]
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        more = settings.get(key) or []
-        values += more.values() if isinstance(more, dict) else more
-    named = [token_text(value) for value in values]
+    named = _named_special_tokens(settings, folder)
     listed = settings.get("added_tokens_decoder")
     if listed is not None:
         tokens = {int(index): _added_token(entry) for index, entry in listed.items()}
@@ -112,8 +140,23 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any], end_ids
                     f"but {TOKENIZER} leaves it {backend.token_to_id(token.content)}"
                 )
             known.add(token.content)
-    texts = [text for text in named if isinstance(text, str) and text not in known]
+    texts = [text for text in named if text not in known]
     backend.add_special_tokens([text for text in texts if backend.token_to_id(text) is not None])
+
+
+def _named_special_tokens(settings: dict[str, Any], folder: Path) -> list[str]:
+    """Returns the texts of the special tokens that the settings name. Raises UserError for a name that is no token."""
+    named: dict[str, list[Any]] = {name: [settings[name]] for name in _NAMES if settings.get(name)}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key) or []
+        if not isinstance(more, dict | list):
+            raise UserError(f"{folder}: {key} of {SETTINGS} must be a list of tokens, got {shown(more)}")
+        named[key] = list(more.values() if isinstance(more, dict) else more)
+    for key, values in named.items():
+        for value in values:
+            if not isinstance(token_text(value), str):
+                raise UserError(f"{folder}: {key} of {SETTINGS} must be a token, got {shown(value)}")
+    return [token_text(value) for values in named.values() for value in values]
 
 
 def _added_token(entry: Any) -> AddedToken:

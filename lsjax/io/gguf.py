@@ -35,6 +35,8 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Fields that change what llama.cpp computes for a Llama, with the only value that lsjax supports.
+_REQUIRED_VALUES = {"llama.attention.causal": True, "llama.rope.scaling.attn_factor": 1.0}
 _ROPE_FACTORS = "rope_freqs.weight"
 # GGUF stores the factors that Llama 3's frequency scaling results in, not its settings. All published Llamas use these.
 _LLAMA3_SETTINGS = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "original_context_length": 8192}
@@ -88,6 +90,10 @@ def _model_config(fields: dict[str, Any], tensors: dict[str, GGUFTensor], where:
             f"{where} is a mixture of {fields['llama.expert_count']} experts; lsjax reads only dense Llamas"
         )
 
+    for key, value in _REQUIRED_VALUES.items():
+        if fields.get(key, value) != value:
+            raise UserError(f"{where}: {key} is {fields[key]!r}; lsjax supports only {value!r}")
+
     def field(key: str, kind: type, default: Any = None) -> Any:
         value = _number(fields, key, kind, default)
         if value is None:
@@ -95,8 +101,12 @@ def _model_config(fields: dict[str, Any], tensors: dict[str, GGUFTensor], where:
         return value
 
     width, heads = field("embedding_length", int), field("attention.head_count", int)
-    if "token_embd.weight" not in tensors:
-        raise UserError(f"{where} lacks the tensor token_embd.weight")
+    if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].header.shape) != 2:
+        raise UserError(f"{where} lacks the tensor token_embd.weight of two axes")
+    if other := [name for name in tensors if "." not in name]:
+        raise UserError(f"{where} has the tensor {other[0]!r}, which a Llama does not have")
+    if heads < 1:
+        raise UserError(f"{where}: llama.attention.head_count is {heads}")
     head_width = field("attention.key_length", int, width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if field(key, int, head_width) != head_width:
@@ -149,6 +159,8 @@ def _rope_scaling(fields: dict[str, Any], tensors: dict[str, GGUFTensor], head_w
     if _ROPE_FACTORS not in tensors:
         return RopeScaling()
     factors = np.asarray(tensors[_ROPE_FACTORS].header.data, np.float64)
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise UserError(f"{where}: {_ROPE_FACTORS} must hold positive numbers")
     scaling = RopeScaling("llama3", factor=round(float(factors.max()), 4), **_LLAMA3_SETTINGS)
     theta = _number(fields, "rope.freq_base", float, 10000.0)
     if not _gives_factors(scaling, theta, head_width, factors):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
+import numpy as np
 
 from lsjax.errors import UserError
 
@@ -67,7 +68,8 @@ def _parts(path: Path, count: int) -> list[Path]:
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     try:
-        reader = gguf.GGUFReader(path)
+        with np.errstate(over="ignore"):  # an offset of nearly 2^64, which is refused below
+            reader = _Reader(path)
         if reader.endianess != gguf.GGUFEndian.LITTLE:
             raise ValueError("it is big-endian")
         _check_offsets(reader)
@@ -75,6 +77,23 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     except Exception as error:  # the library raises many types for a damaged file
         raise UserError(f"{path} is damaged, or no GGUF file: {error}") from None
     return fields, {tensor.name: GGUFTensor(path, tensor) for tensor in reader.tensors}
+
+
+class _Reader(gguf.GGUFReader):
+    """The library's reader, which ends where the file does. On its own it goes on for as long as a length claims."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
+        if int(offset) + int(count) * np.dtype(dtype).itemsize > self.data.nbytes:
+            raise ValueError("it ends early")
+        return super()._get(offset, dtype, count, *args, **kwargs)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if gguf.GGUFValueType(raw_type) == gguf.GGUFValueType.ARRAY:
+            # The length is checked before the library looks at the entries, each of which takes it microseconds.
+            kind = gguf.GGUFValueType(self._get(orig_offs, np.uint32)[0])
+            dtype = self.gguf_scalar_to_np.get(kind, np.uint64)  # a text begins with its length, an array with 12 bytes
+            self._get(orig_offs + 12, dtype, int(self._get(orig_offs + 4, np.uint64)[0]))
+        return super()._get_field_parts(orig_offs, raw_type)
 
 
 def _check_offsets(reader: gguf.GGUFReader) -> None:

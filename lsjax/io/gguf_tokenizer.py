@@ -1,12 +1,13 @@
 """Rebuilds the tokenizer inside a GGUF file with the `tokenizers` library."""
 
+import math
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from lsjax.data.tokenizer import Tokenizer, begin_with, building
-from lsjax.errors import UserError
+from lsjax.errors import UserError, shown
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types of llama.cpp
 # llama.cpp knows the tokens that end a turn by their texts, because many files lack the fields that name them.
@@ -43,6 +44,9 @@ _GPT2_NAMES = ("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigac
 _GPT2_NAMES += ("modern-bert", "exaone4")
 _ALIASES = dict.fromkeys(_LLAMA3_NAMES, "llama-bpe") | dict.fromkeys(_GPT2_NAMES, "gpt-2")
 # What llama.cpp takes a SentencePiece vocabulary to have where the file does not say.
+_LISTS = {"tokens": (str, "texts"), "token_type": (int, "whole numbers"), "merges": (str, "texts"),
+          "scores": (float, "numbers")}  # fmt: skip
+_PER_TOKEN = ("token_type", "scores")
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 
@@ -53,12 +57,31 @@ def gguf_tokenizer(fields: dict[str, Any], where: str) -> Tokenizer:
     a vocabulary that holds a text twice.
     """
     kind = fields.get("tokenizer.ggml.model")
-    needed = ("tokens", "token_type") if kind == "llama" else ("tokens", "token_type", "eos_token_id")
-    for key in needed:
+    for key in ("tokens", "token_type", *(("scores",) if kind == "llama" else ("merges", "eos_token_id"))):
         if f"tokenizer.ggml.{key}" not in fields:
             raise UserError(f"{where} has no field tokenizer.ggml.{key}")
+    _check_fields(fields, where)
     with building(f"{where}: its tokenizer cannot be rebuilt"):
         return _rebuild(fields, kind, where)
+
+
+def _check_fields(fields: dict[str, Any], where: str) -> None:
+    """Raises UserError that names the first `tokenizer.*` field of another type or length than llama.cpp writes."""
+    count = len(fields["tokenizer.ggml.tokens"]) if isinstance(fields["tokenizer.ggml.tokens"], list) else 0
+    for key, (kind, what) in _LISTS.items():
+        values = fields.get(f"tokenizer.ggml.{key}", [])
+        if not isinstance(values, list) or any(type(value) is not kind for value in values):
+            raise UserError(f"{where}: tokenizer.ggml.{key} must be a list of {what}, got {shown(values)}")
+        if key in _PER_TOKEN and values and len(values) != count:
+            raise UserError(f"{where}: tokenizer.ggml.{key} has {len(values)} entries for {count} tokens")
+    if not all(math.isfinite(score) for score in fields.get("tokenizer.ggml.scores", [])):
+        raise UserError(f"{where}: tokenizer.ggml.scores holds NaN or infinity")
+    for key, value in fields.items():
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and type(value) is not int:
+            raise UserError(f"{where}: {key} must be a token id, got {shown(value)}")
+    for key in ("add_bos_token", "add_space_prefix"):
+        if type(value := fields.get(f"tokenizer.ggml.{key}", True)) is not bool:
+            raise UserError(f"{where}: tokenizer.ggml.{key} must be true or false, got {shown(value)}")
 
 
 def _rebuild(fields: dict[str, Any], kind: str, where: str) -> Tokenizer:
@@ -69,7 +92,7 @@ def _rebuild(fields: dict[str, Any], kind: str, where: str) -> Tokenizer:
     if kind == "gpt2":
         backend = _byte_level(fields, ids, pre, where)
     elif kind == "llama":
-        backend = _sentencepiece(fields, tokens, types, ids, where)
+        backend = _sentencepiece(fields, tokens, types, ids)
     else:
         raise UserError(f"{where}: tokenizer.ggml.model is {kind!r}; lsjax knows gpt2 (byte-level BPE) and llama")
     backend.add_special_tokens(
@@ -122,7 +145,7 @@ def _byte_level(fields: dict[str, Any], ids: dict[str, int], pre: Any, where: st
             f"{where}: tokenizer.ggml.pre is {pre!r}; lsjax knows {', '.join([*PRE_TOKENIZERS, *_ALIASES])}. Set it "
             "with the gguf package: gguf-new-metadata --pre-tokenizer NAME OLD.gguf NEW.gguf"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pre in IGNORE_MERGES))
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]
     backend.decoder = decoders.ByteLevel()
@@ -130,11 +153,9 @@ def _byte_level(fields: dict[str, Any], ids: dict[str, int], pre: Any, where: st
 
 
 def _sentencepiece(
-    fields: dict[str, Any], tokens: list[str], types: list[int], ids: dict[str, int], where: str
+    fields: dict[str, Any], tokens: list[str], types: list[int], ids: dict[str, int]
 ) -> tokenizers.Tokenizer:
     """Builds SentencePiece BPE with byte fallback, as in Llama 1 and 2: pieces have scores instead of merges."""
-    if "tokenizer.ggml.scores" not in fields:
-        raise UserError(f"{where} has no field tokenizer.ggml.scores")
     scores = dict(zip(tokens, fields["tokenizer.ggml.scores"], strict=True))
     # As in SentencePiece, control, unknown and byte pieces are never the result or a part of a merge.
     pieces = {text: scores[text] for text, type_ in zip(tokens, types, strict=True) if type_ == _NORMAL}

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from lsjax.checks import MAX_FLOAT
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError, shown
 from lsjax.files import obey_umask, read_json, write_atomically
@@ -190,7 +191,8 @@ def _stack(parts: list[_Part], shape: tuple[int, ...], settings: dict[str, Any])
         scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
         a_own, b_own = (a_all[module.layer], b_all[module.layer]) if path.startswith("layers/") else (a_all, b_all)
         a_own[..., start : start + rank] = a.T.reshape(*size[:inputs], rank)
-        b_own[(slice(start, start + rank), *module.outputs)] = scale * b.T.reshape(rank, *size[inputs:])
+        with np.errstate(over="ignore"):  # infinity is refused when the adapter is checked
+            b_own[(slice(start, start + rank), *module.outputs)] = scale * b.T.reshape(rank, *size[inputs:])
     return {"lora_a": a_all, "lora_b": b_all}
 
 
@@ -203,8 +205,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
         if settings.get(key, allowed[0]) not in allowed:
             raise UserError(f"{path}: {key} is {shown(settings[key])}; lsjax supports only {allowed[0]!r}")
     alpha = settings.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -MAX_FLOAT <= alpha <= MAX_FLOAT:
         raise UserError(f"{path}: lora_alpha must be a number, got {shown(alpha)}")
+    if not isinstance(settings.get("use_rslora", False), bool | None):
+        raise UserError(f"{path}: use_rslora must be true or false, got {shown(settings['use_rslora'])}")
     return settings
 
 

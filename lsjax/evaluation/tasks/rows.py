@@ -22,7 +22,7 @@ def read_rows(path: Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
         rows = list(read_jsonl(path))
     elif is_parquet(path.name):
         rows = list(read_parquet(path, keys))
-    elif path.suffix in _TABLES:
+    elif path.suffix.lower() in _TABLES:
         rows = _read_table(path)
     else:
         raise UserError(f"{path} must be a file .csv, .tsv, .jsonl (.gz, .zst) or .parquet, or a folder of them")
@@ -56,15 +56,15 @@ def split_files(path: Path, split: str) -> list[Path]:
 
 
 def _is_known(file: Path) -> bool:
-    return is_jsonl(file.name) or is_parquet(file.name) or file.suffix in _TABLES
+    return is_jsonl(file.name) or is_parquet(file.name) or file.suffix.lower() in _TABLES
 
 
 def _read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
     before = csv.field_size_limit(_LARGEST_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            quoting = csv.QUOTE_MINIMAL if path.suffix == ".csv" else csv.QUOTE_NONE
-            reader = csv.DictReader(file, delimiter=_TABLES[path.suffix], quoting=quoting)
+            quoting = csv.QUOTE_MINIMAL if path.suffix.lower() == ".csv" else csv.QUOTE_NONE
+            reader = csv.DictReader(file, delimiter=_TABLES[path.suffix.lower()], quoting=quoting)
             return [(reader.line_num, row) for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
