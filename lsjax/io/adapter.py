@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lsjax.config import ModelConfig
@@ -112,7 +113,10 @@ class AdaptedSource:
         return tree.unflatten(weights)
 
     def _merge(self, weight: jax.Array, factors: Factors, stacked: bool = False) -> jax.Array:
-        return _merge(weight, factors, scale=self.adapter.scale, stacked=stacked, sharding=weight.sharding)
+        merged = _merge(weight, factors, scale=self.adapter.scale, stacked=stacked, sharding=weight.sharding)
+        if not jnp.isfinite(merged).all():
+            raise UserError(f"{self.adapter.where}: merged into the model, it gives weights that are infinite")
+        return merged
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "stacked", "sharding"))

@@ -4,6 +4,7 @@ from tests.fuzz.api_cases import api_cases
 from tests.fuzz.command_cases import command_cases
 from tests.fuzz.gguf_cases import odd_gguf_cases
 from tests.fuzz.model_cases import gguf_cases, huggingface_cases
+from tests.fuzz.reader_cases import reader_cases
 from tests.fuzz.text_cases import text_cases
 from tests.fuzz.tokenizer_cases import tokenizer_cases
 from tests.fuzz.workdir_cases import workdir_cases
@@ -16,6 +17,7 @@ ALL = [
     *tokenizer_cases(),
     *workdir_cases(),
     *text_cases(),
+    *reader_cases(),
     *command_cases(),
 ]
 _STEP = 20
