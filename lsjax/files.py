@@ -9,7 +9,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,49 @@ def check_writable(path: Path, what: str) -> None:
     if Path(path).is_dir():
         raise UserError(f"cannot write {what} {path}: it is a folder")
     make_folder(folder, f"{what} in")
+
+
+def check_replaceable(path: Path, what: str, is_ours: Callable[[bytes], bool]) -> None:
+    """Raises UserError when no file can be written at `path`, or when there is one that is not to be replaced.
+
+    what: its name in the message. is_ours: whether a file of this content is an earlier result, which may go.
+    """
+    check_writable(path, what)
+    if Path(path).absolute().parent.parts[:2] in (("/", "proc"), ("/", "dev")) and Path(path).parent.name != "shm":
+        raise UserError(f"cannot write {what} {path}: it is no place for files")
+    if not Path(path).exists():
+        return
+    if not Path(path).is_file():
+        raise UserError(f"cannot write {what} {path}: it is a pipe or a device")
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot write {what} {path}: {error.strerror}") from None
+    if content.strip() and not is_ours(content):
+        raise UserError(f"{what} {path} holds something else already: give a new file, or move it away")
+
+
+def check_report(path: str | None, key: str) -> None:
+    """Raises UserError when --report cannot be written, or is a file that is no earlier report: one without `key`."""
+
+    def is_report(content: bytes) -> bool:
+        try:
+            tree = json.loads(content)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(tree, dict) and key in tree
+
+    if path:
+        check_replaceable(Path(path), "--report", is_report)
+
+
+@contextlib.contextmanager
+def own_results(path: Path) -> Iterator[None]:
+    """Turns errors about the content of a file of results, which a command wrote itself, into a UserError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); remove it to measure again") from None
 
 
 def as_path(path: Any, name: str) -> Path:

@@ -49,11 +49,10 @@ def define_flags(flags: CommandFlags) -> None:
 def main(arguments: Arguments) -> None:
     """Runs the command."""
     from lsjax.benchmarks.kernels import KernelCase, benchmark_kernels
-    from lsjax.files import check_writable, write_atomically
+    from lsjax.files import check_report, write_atomically
     from lsjax.reports.tables import kernel_table, print_table
 
-    if arguments.report:
-        check_writable(Path(arguments.report), "--report")
+    check_report(arguments.report, "runs")
     sizes = itertools.product(*(arguments.integers(name) for name in ("rows", "tokens", "lengths")))
     cases = [
         KernelCase(

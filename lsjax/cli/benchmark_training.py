@@ -42,15 +42,14 @@ def define_flags(flags: CommandFlags) -> None:
 def main(arguments: Arguments) -> None:
     """Runs the command."""
     from lsjax.benchmarks.training import benchmark_training
-    from lsjax.files import check_writable, write_atomically
+    from lsjax.files import check_report, write_atomically
     from lsjax.reports.tables import print_table, training_table
 
     config = arguments.read_config()
     unknown = [name for name in arguments.compare if name not in _BASELINES]
     if unknown:
         raise UserError(f"--compare: {unknown[0]!r} is not one of {', '.join(_BASELINES)}")
-    if arguments.report:
-        check_writable(Path(arguments.report), "--report")
+    check_report(arguments.report, "runs")
 
     def make_baselines(params: Any) -> dict[str, Any]:
         return _make_baselines(config, params, arguments.compare)

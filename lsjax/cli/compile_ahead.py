@@ -64,15 +64,14 @@ def main(arguments: Arguments) -> int:
     """Runs the command. Returns 1 when a program does not fit."""
     from lsjax.aot import compile_only
     from lsjax.costs.hardware import parse_topology
-    from lsjax.files import check_writable, write_atomically
+    from lsjax.files import check_report, write_atomically
 
     config, topology = arguments.read_config(), parse_topology(arguments.topology)
     if arguments.search and arguments.program != "train":
         raise UserError("--search goes with --program=train")
     if arguments.program in ("train", "evaluation"):
         arguments.refuse(_DECODING_FLAGS, f"it is for decoding, and --program is {arguments.program}")
-    if arguments.report:
-        check_writable(Path(arguments.report), "--report")
+    check_report(arguments.report, "programs")
     compile_only.prepare()
     reports = _search(config, topology) if arguments.search else _compile(arguments, config, topology)
     for report in reports:

@@ -80,10 +80,9 @@ def define_flags(flags: CommandFlags) -> None:
 
 def main(arguments: Arguments) -> None:
     """Runs the command."""
-    from lsjax.files import check_writable
+    from lsjax.files import check_report
 
-    if arguments.report:
-        check_writable(Path(arguments.report), "--report")
+    check_report(arguments.report, "runs")
     _check_combinations(arguments)
     texts = shared.given_texts(arguments)
     model = shared.load_model(arguments)

@@ -62,7 +62,7 @@ def define_flags(flags: CommandFlags) -> None:
 def main(arguments: Arguments) -> int | None:
     """Runs the command. Returns 1 when self-speculation in float32 is not exact."""
     from lsjax.evaluation.tasks.parse import FEW_SHOT, parse_task
-    from lsjax.files import check_writable
+    from lsjax.files import check_writable, own_results
 
     report_path = Path(arguments.report) if arguments.report else None
     if report_path:
@@ -95,7 +95,9 @@ def main(arguments: Arguments) -> int | None:
     except InexactError as error:
         print(f"lsjax evaluate: {error}", file=sys.stderr)
         return _INEXACT
-    print_table(evaluation_table(report))
+    with own_results(report_path or Path("the report")):  # rows of an earlier evaluation may be damaged
+        table = evaluation_table(report)
+    print_table(table)
     if report_path:
         print(f"report: {report_path}")
     return None

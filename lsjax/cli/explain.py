@@ -38,12 +38,11 @@ def main(arguments: Arguments) -> None:
     """Runs the command."""
     from rich.console import Console
 
-    from lsjax.files import check_writable, write_atomically
+    from lsjax.files import check_report, write_atomically
 
     if arguments.output:
         _check_output(arguments.output)
-    if arguments.report:
-        check_writable(Path(arguments.report), "--report")
+    check_report(arguments.report, "predicted_texts")
     from lsjax.decoding.model import load
     from lsjax.explain import layer_predictions
 
@@ -66,9 +65,9 @@ def main(arguments: Arguments) -> None:
 
 def _check_output(path: str) -> None:
     """Raises UserError when no picture can be drawn into the file, before the model is loaded."""
-    from lsjax.files import check_writable
+    from lsjax.files import check_replaceable
 
     if Path(path).suffix.lower() != ".png":
         raise UserError(f"--output {path} is a picture in PNG: give a name that ends in .png")
-    check_writable(Path(path), "--output")
+    check_replaceable(Path(path), "--output", lambda content: content.startswith(b"\x89PNG"))
     import lsjax.reports.layer_figure  # noqa: F401 (says which extra to install where matplotlib is missing)

@@ -4,6 +4,7 @@ Every run of a command makes its flags anew, so commands can be run one after an
 """
 
 import difflib
+import itertools
 import re
 import sys
 import textwrap
@@ -144,6 +145,7 @@ class CommandFlags:
     def parse(self, arguments: Sequence[str]) -> Arguments:
         """Returns the values of the flags in `arguments`. Raises UserError that names the first wrong one."""
         arguments = list(arguments)
+        self._check_values(arguments)
         try:
             if self._config_default is not None or CONFIG in self._required:
                 arguments = self._with_config(arguments)
@@ -170,6 +172,14 @@ class CommandFlags:
         if missing:
             raise UserError(f"give {' and '.join(missing)} (see --help)")
         return Arguments(self._values)
+
+    def _check_values(self, arguments: Sequence[str]) -> None:
+        """Raises UserError for a flag without a value, before absl takes the flag that follows it for one."""
+        for argument, following in itertools.pairwise([*arguments, None]):
+            name = argument.lstrip("-")
+            is_flag = argument.startswith("-") and name in self._values and not self._values[name].boolean
+            if (is_flag or argument == f"--{CONFIG}") and (following is None or following.startswith("--")):
+                raise UserError(f"--{name} has no value: write --{name}=... (see --help)")
 
     def _with_config(self, arguments: list[str]) -> list[str]:
         """Returns the arguments with the path of the configuration in place of its name, and defines --config."""

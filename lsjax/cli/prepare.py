@@ -83,7 +83,7 @@ def _say(text: str) -> None:
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     index, count = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= index <= count:
         raise UserError(f"--shard must be I/N with I from 1 to N, such as 1/8, got {text!r}")

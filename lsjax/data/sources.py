@@ -11,7 +11,7 @@ from lsjax.config import DataConfig
 from lsjax.data.corpus import HELD_OUT, TRAIN, Corpus, Unit, list_corpus
 from lsjax.errors import UserError
 
-_WEIGHT = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
+_WEIGHT = re.compile(r"\d{1,18}(\.\d{0,18})?|\.\d{1,18}", re.ASCII)
 
 
 class Source(NamedTuple):

@@ -13,7 +13,7 @@ from lsjax.data.pipeline import held_out_batches
 from lsjax.data.prepare import prepare
 from lsjax.decoding.model import Model, load
 from lsjax.evaluation.exits import ExitProfile, evaluated_exits, exit_profile
-from lsjax.files import read_json, write_atomically
+from lsjax.files import own_results, read_json, write_atomically
 from lsjax.generation import generate
 from lsjax.io.workdir import check_free, data_directory
 from lsjax.reports.figures import draw_comparison
@@ -62,7 +62,8 @@ def _profile_once(path: Path, model: Model, config: Config, workdir: Path) -> Ex
     exits = list(evaluated_exits(config.model.num_layers, config.evaluation.exit_stride, model.exit_adapter))
     tree = read_json(path) if path.exists() else {}
     if tree.get("exit_layers") == exits and tree.get("max_batches") == config.evaluation.max_batches:
-        return profile_from(tree)
+        with own_results(path):
+            return profile_from(tree)
     directory = data_directory(workdir, config)
     prepare(config, directory, given=model.tokenizer)
     profile = measure_exits(model, config, directory)
@@ -95,7 +96,10 @@ def profile_tree(profile: ExitProfile) -> dict[str, Any]:
 
 def profile_from(tree: dict[str, Any]) -> ExitProfile:
     """Returns the profile that `profile_tree` made."""
-    return ExitProfile(*(np.array(tree[name]) for name in ExitProfile._fields))
+    columns = [np.array(tree[name]) for name in ExitProfile._fields]
+    if any(column.shape != columns[0].shape or column.dtype.kind not in "iuf" for column in columns):
+        raise ValueError("its columns are not numbers, one per exit")
+    return ExitProfile(*columns)
 
 
 def _write_profile(path: Path, profile: ExitProfile, max_batches: int) -> None:

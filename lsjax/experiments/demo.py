@@ -17,7 +17,7 @@ from lsjax.errors import UserError
 from lsjax.evaluation.exits import ExitProfile
 from lsjax.experiments.continual import measure_exits, profile_from, profile_tree
 from lsjax.experiments.sweep import Grid, summary
-from lsjax.files import read_json, write_atomically
+from lsjax.files import own_results, read_json, write_atomically
 from lsjax.generation import generate
 from lsjax.io.workdir import check_free, data_directory
 from lsjax.reports.figures import draw_before_and_after
@@ -133,7 +133,8 @@ def _measure_once(
     }
     tree = read_json(path) if path.exists() else {}
     if tree.get("asked") == asked:
-        return Snapshot(profile_from(tree["profile"]), tree["decoding"], tree["texts"])
+        with own_results(path):
+            return Snapshot(profile_from(tree["profile"]), dict(tree["decoding"]), dict(tree["texts"]))
     profile = measure_exits(model, config, directory)
     before = _decode(model, profile, config, prompts, settings)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -240,7 +240,9 @@ def _open_report(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
     if path is None or not path.exists():
         return {"format": _FORMAT, "settings": settings, "rows": []}
     report = read_json(path)
-    if report.get("format") != _FORMAT or not {"settings", "rows"} <= report.keys():
+    rows = report.get("rows")
+    whole = isinstance(report.get("settings"), dict) and isinstance(rows, list) and all(map(_is_row, rows))
+    if report.get("format") != _FORMAT or not whole:
         raise UserError(f"--report {path} is no report of lsjax evaluate: give another file")
     for key, value in settings.items():
         old = report["settings"].get(key)
@@ -250,6 +252,10 @@ def _open_report(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
                 "settings, or another file"
             )
     return report
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("task", "strategy", "sha256"))
 
 
 def _check_same_examples(report: dict[str, Any], name: str, prepared: _Prompts | _Windows, path: Path | None) -> None:

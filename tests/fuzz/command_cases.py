@@ -37,6 +37,9 @@ WORDS = ("", "some", "AUTO ", "int8,int8", "\udcff", "x" * 3000, "1")
 PATHS = ("", "\udcff", "x" * 300, "/proc/self/mem/x", "/dev/null/x", "{tiny}/x", "y/" * 2500)
 LISTS = (",", "1,,2", "a,b", "1;2", "-1", "0", "nan", "9" * 30, " ", "\udcff")
 
+# A file that holds something else, a device, and a file of the system.
+NO_OUTPUTS = ("{tiny}", "/dev/null", "/proc/self/comm")
+
 CONFIG_VALUES = (
     "--config.model.width=abc", "--config.model.width=-8", "--config.model.width=1.5", "--config.model.widht=8",
     "--config.nothing=1", "--config.model=3", "--config.training.seed=4294967296", "--config.training.seed=-1",
@@ -78,6 +81,9 @@ def flag_cases(command: str) -> Iterator[Case]:
                "comma separated list of strings": LISTS}.get(kind, ())  # fmt: skip
         for value in rng.sample(bad, min(4, len(bad))):
             yield command_case(f"{command} --{name}={value[:20]!r}", command, [*GOOD[command], f"--{name}={value}"])
+        if name in ("report", "output"):
+            for value in NO_OUTPUTS[: 1 if command == "generate" else None]:
+                yield command_case(f"{command} --{name}={value}", command, [*GOOD[command], f"--{name}={value}"])
         if kind == "bool":
             yield command_case(f"{command} --{name}=maybe", command, [*GOOD[command], f"--{name}=maybe"])
     if any("{tiny}" in argument for argument in GOOD[command]):
@@ -94,6 +100,9 @@ def common_cases(command: str) -> Iterator[Case]:
     rng = random.Random(f"{command} common")
     for extra in rng.sample(COMMON, 4):
         yield command_case(f"{command} {extra[0]!r}", command, [*GOOD[command], *extra])
+    first, *others = GOOD[command]
+    without_value = [*others, first.partition("=")[0], "--nothing=1"]
+    yield command_case(f"{command} with its first flag without a value", command, without_value)
     if command in ("generate", "decode", "convert", "train", "compile_ahead"):  # the others have defaults
         yield command_case(f"{command} without its first argument", command, GOOD[command][1:])
 

@@ -11,7 +11,7 @@ from lsjax.experiments.ablation.figure import draw_ablation
 from lsjax.experiments.ablation.recipes import choose, recipes
 from lsjax.experiments.ablation.report import findings, outcomes, table
 from lsjax.experiments.ablation.run import run_all
-from lsjax.files import as_path
+from lsjax.files import as_path, own_results
 from lsjax.reports.tables import print_table
 
 
@@ -30,11 +30,12 @@ def ablate(
     workdir, layers = as_path(workdir, "workdir"), config.model.num_layers
     if interrupted := run_all(config, workdir, choose(names, layers), seeds):
         return interrupted
-    found = outcomes(workdir, list(recipes(layers).values()))
-    print()
-    print_table(table(found, layers))
-    for line in findings(found, layers):
-        print(line)
+    with own_results(workdir):  # result.json of a run, or step_times.json
+        found = outcomes(workdir, list(recipes(layers).values()))
+        print()
+        print_table(table(found, layers))
+        for line in findings(found, layers):
+            print(line)
     draw_ablation(workdir / "ablation.png", found, layers)
     print(f"picture: {workdir / 'ablation.png'}")
     return None
