@@ -198,6 +198,10 @@ def _token_ids(model: Model, index: int, prompt: Prompt) -> list[int]:
     wrong = f"prompt {index} must be a text or a list of token ids, got {shown(prompt)}"
     if isinstance(prompt, bytes | bytearray | dict | set):
         raise UserError(wrong)
+    length = len(prompt) if hasattr(prompt, "__len__") and getattr(prompt, "ndim", 1) else 0
+    context = model.config.context_length
+    if length > context:  # such as a range, whose length is no effort
+        raise UserError(f"prompt {index} has {length} tokens, which exceeds the model's context of {context}")
     try:
         if any(isinstance(token, bool | np.bool_) for token in prompt):
             raise UserError(wrong)

@@ -9,16 +9,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lsjax.data.tokenizer import Tokenizer
+from lsjax.data.tokenizer import Tokenizer, check_text
 from lsjax.errors import UserError, shown
 
 
 def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
     """Returns one or several stop strings as a tuple. Raises UserError for an empty text or anything but text."""
-    stops = tuple(stop) if isinstance(stop, Sequence) and not isinstance(stop, str) else (stop,)
+    is_list = isinstance(stop, Sequence) and not isinstance(stop, str | bytes | bytearray | memoryview | range)
+    stops = tuple(stop) if is_list else (stop,)
     wrong = [s for s in stops if not isinstance(s, str) or not s]
     if wrong:
         raise UserError(f"stop must be non-empty texts, got {shown(wrong[0])} (token ids go into stop_tokens)")
+    for text in stops:
+        check_text(text, "stop")
     return stops
 
 
@@ -27,6 +30,8 @@ def check_stop_tokens(stop_tokens: Sequence[int], vocab_size: int) -> list[int]:
     try:
         if isinstance(stop_tokens, str | bytes | bytearray | dict) or not hasattr(stop_tokens, "__len__"):
             raise TypeError
+        if len(stop_tokens) > vocab_size:
+            raise UserError(f"stop_tokens has {len(stop_tokens)} entries, but the vocabulary {vocab_size}")
         if any(isinstance(token, bool | np.bool_) for token in stop_tokens):
             raise TypeError
         ids = [operator.index(token) for token in stop_tokens]

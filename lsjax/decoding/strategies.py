@@ -217,6 +217,8 @@ def is_choice_left(value: Any) -> bool:
 
 def check_sampling(sampling: Sampling) -> None:
     """Raises UserError when a setting is out of range or would have no effect."""
+    if not isinstance(sampling, Sampling):  # the class itself has all the attributes, too
+        raise UserError(f"sampling must be Sampling(...), got {shown(sampling)}")
     for name, kind in (("temperature", numbers.Real), ("top_k", numbers.Integral), ("top_p", numbers.Real)):
         value = getattr(sampling, name, None)
         if isinstance(value, bool) or not isinstance(value, kind):

@@ -144,14 +144,16 @@ def as_array(name: str, value: Any) -> Any:
         return value
     try:
         return np.asarray(value)
-    except (ValueError, TypeError):  # rows of different lengths
+    except Exception:  # rows of different lengths, a range of more entries than memory, an object's own errors
         raise UserError(f"{name} must be an array with rows of equal length, got {describe(value)}") from None
 
 
 def _scalar(value: Any) -> np.ndarray | None:
     """Returns a single value as a numpy array, of dtype object when it is none; None when it is traced."""
+    if hasattr(value, "__len__") and not hasattr(value, "dtype"):
+        return np.asarray(None)
     try:
         found = concrete(value)
-    except (ValueError, TypeError):
+    except Exception:  # an object's own errors
         return np.asarray(None)
     return found if found is None or found.ndim == 0 else np.asarray(None)
