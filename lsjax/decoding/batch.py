@@ -5,7 +5,7 @@ import dataclasses
 import numbers
 import operator
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -118,7 +118,7 @@ class PromptBatch(NamedTuple):
 def check_prompts(prompts: Any) -> None:
     """Raises UserError unless `prompts` is a list, or something else of a known length, with at least one prompt."""
     if (
-        isinstance(prompts, str | bytes | dict | set)
+        isinstance(prompts, str | bytes | set | frozenset | Mapping)
         or not hasattr(prompts, "__len__")
         or getattr(prompts, "ndim", 1) == 0
     ):
@@ -196,7 +196,7 @@ def _token_ids(model: Model, index: int, prompt: Prompt) -> list[int]:
         except (UnicodeEncodeError, TypeError):  # tokenizers raises TypeError for a lone surrogate
             raise UserError(f"prompt {index} holds half of a surrogate pair, which is no character") from None
     wrong = f"prompt {index} must be a text or a list of token ids, got {shown(prompt)}"
-    if isinstance(prompt, bytes | bytearray | dict | set):
+    if isinstance(prompt, bytes | bytearray | memoryview | set | frozenset | Mapping):
         raise UserError(wrong)
     length = len(prompt) if hasattr(prompt, "__len__") and getattr(prompt, "ndim", 1) else 0
     context = model.config.context_length

@@ -13,7 +13,7 @@ import numpy as np
 
 from lsjax.checks import MAX_INTEGER
 from lsjax.config import ModelConfig
-from lsjax.errors import UserError
+from lsjax.errors import UserError, shown
 from lsjax.model.quantization import is_quantized
 
 
@@ -61,12 +61,12 @@ def check_params(params: Any, config: Any, shapes: Callable[[ModelConfig], Any])
         raise UserError(
             f"params must be a dict of embed, layers and final_norm, such as model.params, got {describe(params)}"
         )
-    shape = np.shape(params["embed"])
+    shape = getattr(params["embed"], "shape", ())
     if len(shape) != 2 or shape[1] != config.width:
         raise UserError(
             f"params: embed has the shape {list(shape)}, but config.width is {config.width}; pass the model's own"
         )
-    layers = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(params["layers"])}
+    layers = {getattr(leaf, "shape", ())[:1] for leaf in jax.tree.leaves(params["layers"])}
     if layers != {(config.num_layers,)}:
         raise UserError(
             f"params: the layers are not stacked as [{config.num_layers}, ...], but config.num_layers is "
@@ -134,7 +134,7 @@ def describe(value: Any) -> str:
         return f"{value} ({value.dtype})"
     if not isinstance(value, (bool, int, float, str, bytes, list, tuple, type(None), np.generic)):
         return f"a {type(value).__name__}"
-    text = repr(value)
+    text = shown(value)
     return text if len(text) <= 60 else f"{text[:50]} ..."
 
 

@@ -1,0 +1,104 @@
+"""Values that look like what an argument takes: classes for their instances, ranges without end, sets, views, bytes."""
+
+import array
+import collections
+import enum
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+import lsjax
+from tests.fuzz.harness import Case
+from tests.fuzz.parts import NEW_TOKENS, PROMPT
+from tests.fuzz.reader_cases import equals
+
+
+class _Two(enum.IntEnum):
+    TWO = 2
+
+
+class _Word(str):
+    __slots__ = ()
+
+
+_LONG = range(10**12)
+_RAGGED = [[1], [2, 3]]
+_FIELDS = types.SimpleNamespace(temperature=1.0, top_k=0, top_p=1.0)
+
+REFUSED: dict[str, list[Any]] = {
+    "sampling": [lsjax.Sampling, _FIELDS, types.MappingProxyType({}), ("temperature", 1.0), lsjax.Autoregressive()],
+    "strategy": [lsjax.Autoregressive, lsjax.EarlyExit, "autoregressive", lsjax.Sampling(), lsjax.EarlyExit(True),
+                 lsjax.EarlyExit(np.float32(1)), lsjax.SelfSpeculative(1, "2"), lsjax.SelfSpeculative("AUTO", 2)],
+    "stop": ["\ud800", ["a", "\udc80"], b"", bytearray(b"a"), memoryview(b"a"), _LONG, range(0), {"a"}, {"a": 1},
+             [b"a"], [["a"]], collections.UserString("a"), 3],
+    "stop_tokens": [_LONG, [2**70], [-1], [1.0], b"a", "a", {1: 2}, [[1]], np.array([1.0]), np.array([True]), [None],
+                    iter([1]), np.ma.array([1.5])],
+    "prompts": [[_LONG], _LONG, frozenset({"a"}), types.MappingProxyType({1: 2}), collections.UserDict({1: 2}), [b"ab"],
+                [bytearray(b"ab")], [memoryview(b"ab")], [[1.0]], [[True]], [["a"]], [None], [[]], [frozenset({1})],
+                [np.array([[1, 2]])], [np.array([1.0])], [[2**70]], [[-1]], iter(["a"]), [range(0)], ["a", 3]],
+    "max_new_tokens": [_LONG, "4", 4.0, True, np.float32(4), np.array(4), np.array([4]), 2**40, -1, 0],
+    "batch_size": [_LONG, "1", 1.0, True, 0, -1],
+    "seed": [_LONG, "1", 1.0, True, -1, 2**64, np.float64(1)],
+}  # fmt: skip
+# What these mean, as the plain value.
+MEANT: dict[str, list[tuple[Any, Any]]] = {
+    "prompts": [(_Word(PROMPT), [PROMPT]), (np.str_(PROMPT), [PROMPT]), ((PROMPT,), [PROMPT]),
+                (np.array([PROMPT]), [PROMPT]), (collections.deque([PROMPT]), [PROMPT]),
+                ([range(1, 4)], [[1, 2, 3]]), ([array.array("i", [1, 2])], [[1, 2]]),
+                ([np.array([1, 2], np.uint8)], [[1, 2]]),
+                ([collections.UserList([1, 2])], [[1, 2]]), ([(_Two.TWO, 1)], [[2, 1]])],
+    "max_new_tokens": [(_Two.TWO, 2), (np.uint8(2), 2)],
+    "seed": [(np.uint64(2**63), 2**63), (_Two.TWO, 2)],
+    "batch_size": [(np.int8(1), 1), (10**30, 1)],
+    "stop": [(_Word("zzz"), []), ([], []), ((), []), (collections.UserList(["zzz"]), [])],
+    "stop_tokens": [({2}, [2]), (range(2, 3), [2]), (np.array([2], np.int8), [2]), ((_Two.TWO,), [2]), ([], [])],
+}  # fmt: skip
+
+
+def argument_cases() -> Iterator[Case]:
+    """Returns all of them."""
+    for name, values in REFUSED.items():
+        for number, value in enumerate(values):
+            yield Case(f"generate {name} that is none, {number}", functools.partial(_generate, arguments={name: value}))
+    for name, pairs in MEANT.items():
+        for number, (value, plain) in enumerate(pairs):
+            call = functools.partial(_both, value={name: value}, plain={name: plain})
+            yield Case(
+                f"generate {name} in another way, {number}", call, lambda _, found: equals(found[1])(_, found[0])
+            )
+    for number, embed in enumerate((_RAGGED, [[1.0]], "abc", None, _LONG, collections.UserString("a"))):
+        for function in (lsjax.forward, lsjax.hidden_states):
+            call = functools.partial(_forward, function=function, change={"embed": embed})
+            yield Case(f"{function.__name__} with an embedding that is none, {number}", call)
+    for number, layers in enumerate(({"attention": _RAGGED}, [], None, {"attention": {"qkv": "a"}})):
+        call = functools.partial(_forward, function=lsjax.forward, change={"layers": layers})
+        yield Case(f"forward with layers that are none, {number}", call)
+    for number, tokens in enumerate((_LONG, [_LONG], _RAGGED, [[_Two.TWO, 300]], [{1, 2}], np.array([["1"]]))):
+        yield Case(f"forward of tokens that are none, {number}", lambda parts, _, tokens=tokens: lsjax.forward(
+            parts.model.params, tokens, parts.model.config))  # fmt: skip
+    for number, value in enumerate((_LONG, [4], (), {}, "4", np.array([4]))):
+        yield Case(f"layer_dropout_rates of layers that are no number, {number}", lambda *_, value=value:
+                   lsjax.layer_dropout_rates(value, 0.2, 1, 10, "exponential", "constant"))  # fmt: skip
+    for number, prompt in enumerate(([], "", b"a", [_LONG], _LONG, None, {1: 2}, [1.0], ["a"], [300], "a\ud800")):
+        if prompt != "":  # the tokenizer has a token that opens a text
+            yield Case(f"layer_predictions of a prompt that is none, {number}",
+                       lambda parts, _, prompt=prompt: lsjax.layer_predictions(parts.model, prompt))  # fmt: skip
+    for number, count in enumerate((-1, 1.0, "1", True, 10**6, None)):
+        yield Case(f"layer_predictions of new tokens that are no number, {number}",
+                   lambda parts, _, count=count: lsjax.layer_predictions(parts.model, PROMPT, count))  # fmt: skip
+
+
+def _generate(parts: Any, _: Any, arguments: dict[str, Any]) -> list[list[int]]:
+    settings = {"prompts": [PROMPT], "max_new_tokens": NEW_TOKENS} | arguments
+    return lsjax.generate(parts.model, **settings).tokens
+
+
+def _both(parts: Any, watch: Any, value: dict[str, Any], plain: dict[str, Any]) -> tuple:
+    return _generate(parts, watch, value), _generate(parts, watch, plain)
+
+
+def _forward(parts: Any, _: Any, function: Any, change: dict[str, Any]) -> Any:
+    return function(parts.model.params | change, np.array([[1, 2]]), parts.model.config)
