@@ -175,10 +175,10 @@ class CommandFlags:
 
     def _check_values(self, arguments: Sequence[str]) -> None:
         """Raises UserError for a flag without a value, before absl takes the flag that follows it for one."""
-        for argument, following in itertools.pairwise([*arguments, None]):
+        for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
             name = argument.lstrip("-")
             is_flag = argument.startswith("-") and name in self._values and not self._values[name].boolean
-            if (is_flag or argument == f"--{CONFIG}") and (following is None or following.startswith("--")):
+            if (is_flag or argument == f"--{CONFIG}") and following.startswith("--"):
                 raise UserError(f"--{name} has no value: write --{name}=... (see --help)")
 
     def _with_config(self, arguments: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ string begins or ends. The text is cut just before the string.
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from lsjax.errors import UserError, shown
 def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
     """Returns one or several stop strings as a tuple. Raises UserError for an empty text or anything but text."""
     is_list = isinstance(stop, Sequence) and not isinstance(stop, str | bytes | bytearray | memoryview | range)
-    stops = tuple(stop) if is_list else (stop,)
+    stops: tuple[Any, ...] = tuple(stop) if is_list else (stop,)
     wrong = [s for s in stops if not isinstance(s, str) or not s]
     if wrong:
         raise UserError(f"stop must be non-empty texts, got {shown(wrong[0])} (token ids go into stop_tokens)")
