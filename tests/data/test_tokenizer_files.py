@@ -119,11 +119,22 @@ def test_an_added_token_that_cannot_have_its_id_is_refused(tmp_path):
         load(tmp_path, byte_level("<s>", "</s>"), {"added_tokens_decoder": {"258": {"text": "x"}}}, 257)
 
 
-@pytest.mark.parametrize("settings", [{"bos_token": None}, {}, {"add_bos_token": True}, {"bos_token": 5}])
+@pytest.mark.parametrize("settings", [{"bos_token": None}, {}, {"add_bos_token": True}])
 def test_a_template_gets_no_text_for_a_token_that_does_not_exist(settings, tmp_path):
     template = "{{ bos_token }}{{ add_bos_token }}{{ messages[0].content }}"
     tokenizer = load(tmp_path, byte_level("</s>"), settings | {"chat_template": template, "eos_token": "</s>"})
     assert shown(tokenizer, tokenizer.encode_chat(HELLO)) == "hi"
+
+
+def test_added_tokens_keep_their_ids_in_whatever_order_they_stand(tmp_path):
+    backend = byte_level("<s>", "</s>")
+    last = backend.get_vocab_size()
+    tree = json.loads(backend.to_str())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tree["added_tokens"] += [{"id": last + 1, "content": "<b>"} | plain, {"id": last, "content": "<a>"} | plain]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": "<a><b>"}))
+    assert load_tokenizer(tmp_path).encode_chat(HELLO)[-2:] == [last, last + 1]
 
 
 def test_llama_classes_have_default_tokens_and_obey_add_bos_token(tmp_path):

@@ -1,4 +1,4 @@
-"""A training process for tests that kill it, start it twice, or fill its disk."""
+"""Processes, of training or of any command, for tests that end them, start them twice, or fill their disk."""
 
 import multiprocessing
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tests.conftest  # noqa: F401 (the devices and the compiler's flags of all tests)
+from lsjax.cli.main import main
 from lsjax.config import Config
 from lsjax.errors import UserError
 from lsjax.training.loop import train
@@ -25,6 +26,20 @@ def start(config: Config, workdir: Path, log: Path, file_limit: int | None = Non
     process = CONTEXT.Process(target=_train, args=(config.to_dict(), str(workdir), str(log), file_limit))
     process.start()
     return process
+
+
+def start_command(arguments: list[str], output: Path, errors: Path) -> Any:
+    """Starts a process that is the program `lsjax` with these arguments, its output and errors in files."""
+    process = CONTEXT.Process(target=_run_command, args=(arguments, str(output), str(errors)))
+    process.start()
+    return process
+
+
+def _run_command(arguments: list[str], output: str, errors: str) -> None:
+    for number, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    sys.exit(main(arguments))
 
 
 def _train(tree: dict, workdir: str, log: str, file_limit: int | None) -> None:

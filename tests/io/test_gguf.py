@@ -123,7 +123,7 @@ BAD = {
     "an unknown tokenizer": ({"fields": {"tokenizer.ggml.model": "bert"}}, "tokenizer.ggml.model is 'bert'"),
     "an unknown way to cut words": ({"fields": {"tokenizer.ggml.pre": "qwen2"}}, "tokenizer.ggml.pre is 'qwen2'"),
     "no stop token": ({"without": ["tokenizer.ggml.eos_token_id"]}, "no field tokenizer.ggml.eos_token_id"),
-    "no heads": ({"fields": {"llama.attention.head_count": 0}}, "makes no sense for a Llama"),
+    "no heads": ({"fields": {"llama.attention.head_count": 0}}, "llama.attention.head_count is 0"),
     "a width for each layer": ({"fields": {"llama.feed_forward_length": [56, 56, 48]}}, "makes no sense for a Llama"),
     "a stop token out of range": ({"fields": {"tokenizer.ggml.eos_token_id": 9999}}, "is not one of its"),
     "no way to cut words": ({"without": ["tokenizer.ggml.pre"]}, "tokenizer.ggml.pre is None"),
