@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from lsjax.config import ModelConfig, RopeScaling
 from lsjax.errors import UserError
+from lsjax.files import unfinished
 from lsjax.io.gguf_vocabulary import GGUFVocabulary
 from lsjax.io.huggingface import outgoing_tensors
 from lsjax.model.rope import inverse_frequencies
@@ -60,7 +61,7 @@ def write_gguf(
         size = int(np.prod(bytes_shape))
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=tensor.kind)
     try:
-        with contextlib.closing(writer):
+        with unfinished(temporary), contextlib.closing(writer):
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
