@@ -25,7 +25,7 @@ from lsjax.io.gguf_writer import write_gguf
 
 PACKAGE = "xllamacpp"
 INSTALL_HINT = f"run `make parity`, or pip install {PACKAGE}"
-# F32 are our weights, BF16 rounds them, and Q8_0 is the mildest quantisation that llama.cpp's users take.
+# F32 is what we decode in on a CPU. BF16 and Q8_0 round weights and the inputs of products, and are what people use.
 KINDS = (Kind.F32, Kind.BF16, Kind.Q8_0)
 _GREEDY = {
     "return_tokens": True,
@@ -129,7 +129,7 @@ def describe_library(threads: int | None = None) -> str:
     """
     features = ", ".join(re.findall(r"(\w+) = 1", import_library().get_system_info()))
     version = importlib.metadata.version(PACKAGE)
-    return f"llama.cpp of {PACKAGE} {version}, {threads or usable_cores()} threads, built with {features}"
+    return f"llama.cpp of {PACKAGE} {version}, {threads or usable_cores()} thread(s), built with {features}"
 
 
 class LlamaCppDecoder:

@@ -17,7 +17,7 @@ GROUPS = {
         "explain": "show what each layer predicts, token by token",
         "evaluate": "measure quality beside speed, task by task",
         "draft_vocabulary": "list a model's frequent tokens, for cheaper drafts",
-        "convert": "write a model as a Hugging Face or lsjax folder",
+        "convert": "write a model for transformers, lsjax or llama.cpp",
     },
     "Train a model": {
         "train": "train or continue a Llama with LayerSkip",
