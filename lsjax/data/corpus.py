@@ -5,7 +5,9 @@ reads the same documents.
 """
 
 import dataclasses
+import errno
 import hashlib
+import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -238,6 +240,8 @@ def list_corpus(config: DataConfig, key: str = "corpus") -> Corpus:
 def _list_folder(named: str, root: Path, pattern: str, left_out: set[str], config: DataConfig) -> Corpus:
     """Lists the files of a folder. named: as of `Corpus`. left_out: names of folders that are not read."""
     files, skipped = [], Skipped()
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise UserError(f"{named} cannot be read: {os.strerror(errno.EACCES)}")
     try:
         for path in root.glob(pattern):
             relative = path.relative_to(root)
@@ -250,7 +254,9 @@ def _list_folder(named: str, root: Path, pattern: str, left_out: set[str], confi
                     skipped.add_file(relative.as_posix(), "another kind of file")
             elif path.is_dir() and path.is_symlink():
                 skipped.add_file(relative.as_posix(), "a link to a folder")
-    except (ValueError, NotImplementedError) as error:
+            elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):  # glob passes over it silently
+                skipped.add_file(relative.as_posix(), "a folder that may not be read")
+    except (ValueError, NotImplementedError, IndexError) as error:
         raise UserError(f"config.data.file_pattern {pattern!r} is no pattern: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {error.filename or root}: {error.strerror}") from None

@@ -204,3 +204,13 @@ def test_damaged_records_are_named(damage, tiny_run, tmp_path):
         training_batches(tmp_path / "data", 8, 32, seed=0)
     with pytest.raises(UserError, match=r"held_out-000000-0000\.arrayrecord is damaged"):
         held_out_batches(tmp_path / "data", 8, 32, 1)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_said_to_be_left_out(tmp_path):
+    (tmp_path / "one.txt").write_text("one")
+    (tmp_path / "closed").mkdir(mode=0)
+    _, skipped = read_texts(DataConfig(corpus=str(tmp_path)))
+    assert skipped.names == ["closed (a folder that may not be read)"]
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        read_texts(DataConfig(corpus=str(tmp_path / "closed")))

@@ -28,6 +28,9 @@ def text_cases() -> Iterator[Case]:
         yield Case(f"prompts .jsonl: {name}", functools.partial(_read_prompts, data=data), prompts_are_right)
     for name, make in FOLDERS.items():
         yield Case(f"corpus folder: {name}", functools.partial(_read_folder, make=make), _whole_texts)
+    for number, pattern in enumerate(_PATTERNS):
+        yield Case(f"corpus pattern {number}", functools.partial(_read_pattern, pattern=pattern),
+                   lambda _, texts: None)  # fmt: skip
     for name in mutations.WHOLE_FILE:
         yield Case(f"prompts: {name}", functools.partial(_damaged_prompts, damage=mutations.WHOLE_FILE[name]),
                    prompts_are_right)  # fmt: skip
@@ -157,6 +160,15 @@ def _read_folder(parts: Any, watch: Any, make: Callable[[Path], Any]) -> list[st
     make(folder)
     watch.prepared()
     return texts_of(dataclasses.replace(parts.config.data, corpus=str(folder)))
+
+
+_PATTERNS = (".", "..", "../*", "*/../*", "***", "[", "a[", "", "/", "/etc/*", "~/*", "**", "**/", "*\0*", "x" * 5000)
+
+
+def _read_pattern(parts: Any, _: Any, pattern: str) -> list[str]:
+    texts = texts_of(dataclasses.replace(parts.config.data, corpus=str(parts.corpus), file_pattern=pattern))
+    assert not texts, f"the pattern {pattern!r} finds {len(texts)} texts"
+    return texts
 
 
 def _whole_texts(_: Any, texts: list[str]) -> None:
