@@ -67,7 +67,7 @@ def test_bad_input_is_named(model, prompts, new, strategy, message):
         ({"sampling": Sampling(0.8, 0, "0.9")}, "top_p must be a number, got '0.9'"),
         ({"sampling": Sampling(0.8, 0, float("nan"))}, "top_p must be at least"),
         ({"sampling": Sampling(0.8, 0, 1e-300)}, "top_p must be at least"),
-        ({"sampling": None}, "temperature must be a number, got None"),
+        ({"sampling": None}, "sampling must be Sampling(...), got None"),
         ({"stop": None}, "stop must be non-empty texts, got None"),
         ({"stop_tokens": None}, "stop_tokens must be token ids, got None"),
         ({"stop_tokens": 257}, "stop_tokens must be token ids, got 257"),

@@ -33,6 +33,10 @@ def run_to_the_end(program: str, run: Callable[[], int]) -> int:
     except KeyboardInterrupt:  # of a command that handles signals itself
         say(program, "interrupted")
         return 128 + signal.SIGINT
+    except SystemExit as end:  # likewise
+        if type(end.code) is int and end.code > 128:
+            say(program, "interrupted")
+        raise
     except BrokenPipeError:
         _discard_output(sys.stdout, sys.stderr)
         return _NO_READER
