@@ -72,7 +72,8 @@ def convert(
         except UserError:
             raise
         except Exception as error:  # safetensors and Orbax raise their own types when the disk is full
-            raise UserError(f"cannot write {target}: {str(error).strip() or type(error).__name__}") from None
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise UserError(f"cannot write {target}: {reason}") from None
     return Converted(model.config, params, exit_adapter)
 
 
