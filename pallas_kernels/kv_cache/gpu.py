@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_cache import gpu_attend, gpu_write, reference, triton_backend
-from pallas_kernels.kv_cache.int8 import Int8, is_int8
+from pallas_kernels.kv_cache.int8 import CacheArray, is_int8
 
 MAX_TOKENS = min(gpu_write.MAX_TOKENS, gpu_attend.MAX_TOKENS)
 _HEAD_WIDTHS = (32, 64, 128)  # powers of two, whose blocks fit into an A100's shared memory
@@ -20,8 +20,8 @@ _HEAD_WIDTHS = (32, 64, 128)  # powers of two, whose blocks fit into an A100's s
 class GpuCache(NamedTuple):
     """Keys (after RoPE) and values of one layer, each [B, K, C, H]; with scales [B, K, C] when the cache is int8."""
 
-    k: jax.Array | Int8
-    v: jax.Array | Int8
+    k: CacheArray
+    v: CacheArray
 
 
 def init_layer_cache(

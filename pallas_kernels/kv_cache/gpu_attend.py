@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.kv_cache.int8 import Int8
+from pallas_kernels.kv_cache.int8 import CacheArray, Int8
 from pallas_kernels.kv_cache.triton_backend import on_triton, triton
 
 MAX_TOKENS = 16
@@ -46,7 +46,7 @@ def partial_bytes(entries: int, tokens: int, group: int, width: int) -> int:
     return 2 * pl.cdiv(entries, SPLIT) * tokens * group * (width + 2) * 4
 
 
-def attend(q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, positions: jax.Array) -> jax.Array:
+def attend(q: jax.Array, k: CacheArray, v: CacheArray, positions: jax.Array) -> jax.Array:
     """Attends with q [B, T, K, G, H] to k, v [B, K, C, H], an int8 cache with scales [B, K, C].
 
     Query t of sequence b sees entries 0 .. positions[b] + t, as in the reference. Nothing past them is read.

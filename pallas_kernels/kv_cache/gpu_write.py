@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.kv_cache.int8 import Int8
+from pallas_kernels.kv_cache.int8 import CacheArray
 from pallas_kernels.kv_cache.reference import finite, in_cache_dtype
 from pallas_kernels.kv_cache.triton_backend import on_triton
 
@@ -16,8 +16,8 @@ MAX_TOKENS = 16
 
 
 def write(
-    k: jax.Array | Int8, v: jax.Array | Int8, new_k: jax.Array, new_v: jax.Array, positions: jax.Array
-) -> tuple[jax.Array | Int8, jax.Array | Int8]:
+    k: CacheArray, v: CacheArray, new_k: jax.Array, new_v: jax.Array, positions: jax.Array
+) -> tuple[CacheArray, CacheArray]:
     """Writes new_k, new_v [B, T, K, H] into k, v [B, K, C, H] at entries positions[b] .. of sequence b, in place.
 
     An int8 cache has scales [B, K, C] beside its values. H must be a power of two.

@@ -5,7 +5,7 @@ not depend on the pass or the batch in which an entry arrived. Attention reads t
 scale to the entry's score or weight (one number) instead of to the H numbers of the entry.
 """
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,23 @@ _LARGEST = 127  # -128 is left out, so that the range is symmetric
 # smaller, or zero, is restored with an error of at most this much.
 _SMALLEST = 1e-30
 
-
-class Int8(NamedTuple):
-    """Numbers stored as int8 values [..., H] times float32 scales [...]; keys and values have one each."""
-
-    values: jax.Array
-    scale: jax.Array
+T = TypeVar("T")
 
 
-def quantize(x: jax.Array) -> Int8:
+class Int8(NamedTuple, Generic[T]):
+    """Numbers stored as int8 values [..., H] times float32 scales [...]; keys and values have one each.
+
+    T is jax.Array, except where a kernel is called (block specs) and inside it (references to arrays).
+    """
+
+    values: T
+    scale: T
+
+
+CacheArray = jax.Array | Int8[jax.Array]  # keys, values or both, as a cache holds them
+
+
+def quantize(x: jax.Array) -> Int8[jax.Array]:
     """Rounds x [..., H] to int8 values [..., H] with scales max|x| / 127 [...].
 
     Values are rounded to the nearest integer, halves away from zero. Where a number of an entry is not finite, the
@@ -40,7 +48,7 @@ def quantize(x: jax.Array) -> Int8:
     return Int8(ratio.astype(jnp.int32).astype(jnp.int8), largest * (1 / _LARGEST))
 
 
-def dequantize(entries: Int8, dtype: jax.typing.DTypeLike) -> jax.Array:
+def dequantize(entries: Int8[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
     """Returns values times scales, [..., H] in `dtype`."""
     return (entries.values.astype(jnp.float32) * entries.scale[..., None]).astype(dtype)
 

@@ -30,10 +30,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from pallas_kernels.kv_cache import gpu, reference, split, tpu
-from pallas_kernels.kv_cache.int8 import Int8, dequantize
+from pallas_kernels.kv_cache.int8 import CacheArray, Int8, dequantize
 from pallas_kernels.kv_cache.reference import PLAIN, CacheUse
 
-LayerCache = reference.LayerCache | tpu.PackedCache | gpu.GpuCache | split.SplitCache
+WholeCache = reference.LayerCache | tpu.PackedCache | gpu.GpuCache
+LayerCache = WholeCache | split.SplitCache
 
 KERNELS = {PLAIN: reference, "tpu": tpu, "gpu": gpu}  # PLAIN, or the platform's name
 SETTINGS = ("auto", "on", "off")
@@ -138,9 +139,9 @@ def as_read(cache: LayerCache, k: jax.Array, v: jax.Array) -> tuple[jax.Array, j
     return reference.int8_round_trip(k, v) if isinstance(_unsplit(cache)[0], Int8) else (k, v)
 
 
-def _in_float32(side: jax.Array | Int8) -> jax.Array:
+def _in_float32(side: CacheArray) -> jax.Array:
     return dequantize(side, jnp.float32) if isinstance(side, Int8) else side.astype(jnp.float32)
 
 
-def _unsplit(cache: LayerCache) -> LayerCache:
+def _unsplit(cache: LayerCache) -> WholeCache:
     return cache.cache if isinstance(cache, split.SplitCache) else cache

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_cache.int8 import SCALE_BYTES, Int8, dequantize, is_int8, quantize
+from pallas_kernels.kv_cache.int8 import SCALE_BYTES, CacheArray, Int8, dequantize, is_int8, quantize
 
 PLAIN = "plain"
 # Finite, so that 0 * score stays a number.
@@ -23,8 +23,8 @@ _MASKED = -1e30
 class LayerCache(NamedTuple):
     """Keys (after RoPE) and values of one layer, each [B, K, C, H]; with scales [B, K, C] when the cache is int8."""
 
-    k: jax.Array | Int8
-    v: jax.Array | Int8
+    k: CacheArray
+    v: CacheArray
 
 
 class CacheUse(NamedTuple):
@@ -74,7 +74,7 @@ def init_layer_cache(
     return LayerCache(_zeros(shape, dtype), _zeros(shape, dtype))
 
 
-def _zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array | Int8:
+def _zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> CacheArray:
     values = jnp.zeros(shape, dtype)
     return Int8(values, jnp.zeros(shape[:-1], jnp.float32)) if is_int8(dtype) else values
 
@@ -94,7 +94,7 @@ def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -
     return jax.tree.map(lambda old, new: write_entries(old, new, positions), cache, new)
 
 
-def in_cache_dtype(new: jax.Array, side: jax.Array | Int8) -> jax.Array | Int8:
+def in_cache_dtype(new: jax.Array, side: CacheArray) -> CacheArray:
     """Converts new entries [..., H] to the number type of `side`, the keys or the values of a cache."""
     return quantize(new) if isinstance(side, Int8) else new.astype(side.dtype)
 
@@ -114,7 +114,7 @@ def write_entries(old: jax.Array, new: jax.Array, positions: jax.Array, axis: in
     """Writes new [B, K, T, ...] into old [B, K, C, ...], at positions[b] of sequence b along `axis`."""
     # One slice update per sequence works in place on every backend; XLA:CPU runs a batched scatter element by element.
     for row in range(old.shape[0]):
-        start = [row, *[0] * (old.ndim - 1)]
+        start: list[jax.Array | int] = [row, *[0] * (old.ndim - 1)]
         start[axis] = positions[row]
         old = jax.lax.dynamic_update_slice(old, new[row : row + 1], start)
     return old
@@ -142,7 +142,7 @@ def attend(q: jax.Array, cache: LayerCache, positions: jax.Array) -> jax.Array:
     return mixed.transpose(0, 3, 1, 2, 4).astype(q.dtype)
 
 
-def _operand_and_scale(side: jax.Array | Int8, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | float]:
+def _operand_and_scale(side: CacheArray, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | float]:
     """Returns (operand of the matmul [B, K, C, H], factor for each entry's score or weight [B, K, 1, 1, C])."""
     if not isinstance(side, Int8):
         return side, 1.0

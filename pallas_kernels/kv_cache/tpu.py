@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_cache import reference, tpu_attend, tpu_write
-from pallas_kernels.kv_cache.int8 import Int8, is_int8, quantize
+from pallas_kernels.kv_cache.int8 import CacheArray, Int8, is_int8, quantize
 
 MAX_TOKENS = min(tpu_write.MAX_TOKENS, tpu_attend.MAX_TOKENS)
 _CAPACITY_STEP = 32  # entries per tile in int8, the most of any dtype
@@ -25,7 +25,7 @@ class PackedCache(NamedTuple):
     are on the last axis, because attention's scores have them there too.
     """
 
-    kv: jax.Array | Int8
+    kv: CacheArray
 
 
 def init_layer_cache(
@@ -83,18 +83,18 @@ def fill(cache: PackedCache, k: jax.Array, v: jax.Array) -> PackedCache:
     def write_at_start(old: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(old, new, (0, 0, 0, 0))
 
-    return jax.tree.map(write_at_start, cache, _pack(k, v, cache))
+    return jax.tree.map(write_at_start, cache, PackedCache(_pack(k, v, cache.kv)))
 
 
 def write(cache: PackedCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> PackedCache:
     """Writes k, v [B, T, K, H] to entries positions[b] .. positions[b] + T - 1 of sequence b."""
-    new = _pack(k, v, cache)
     if k.shape[1] <= MAX_TOKENS:
-        return PackedCache(tpu_write.write(cache.kv, new.kv, positions))
+        return PackedCache(tpu_write.write(cache.kv, _pack(k, v, cache.kv), positions))
     if not isinstance(cache.kv, Int8):
-        return PackedCache(reference.write_entries(cache.kv, new.kv, positions))
-    values = reference.write_entries(cache.kv.values, new.kv.values, positions)
-    return PackedCache(Int8(values, reference.write_entries(cache.kv.scale, new.kv.scale, positions, axis=3)))
+        return PackedCache(reference.write_entries(cache.kv, _pack_numbers(k, v, cache.kv.dtype), positions))
+    new = _pack_int8(k, v)
+    values = reference.write_entries(cache.kv.values, new.values, positions)
+    return PackedCache(Int8(values, reference.write_entries(cache.kv.scale, new.scale, positions, axis=3)))
 
 
 def attend(q: jax.Array, cache: PackedCache, positions: jax.Array) -> jax.Array:
@@ -113,10 +113,21 @@ def as_plain(cache: PackedCache) -> reference.LayerCache:
     return reference.LayerCache(Int8(k, cache.kv.scale[:, :, 0]), Int8(v, cache.kv.scale[:, :, 1]))
 
 
-def _pack(k: jax.Array, v: jax.Array, cache: PackedCache) -> PackedCache:
-    """Puts new keys and values [B, T, K, H] side by side, [B, K, T, 2H], in the cache's number type."""
-    k, v = (new.swapaxes(1, 2) for new in (k, reference.finite(v)))
-    if not isinstance(cache.kv, Int8):
-        return PackedCache(jnp.concatenate([k, v], axis=3).astype(cache.kv.dtype))
+def _pack(k: jax.Array, v: jax.Array, kv: CacheArray) -> CacheArray:
+    """Puts new keys and values [B, T, K, H] side by side, [B, K, T, 2H], in the number type of the cache `kv`."""
+    return _pack_int8(k, v) if isinstance(kv, Int8) else _pack_numbers(k, v, kv.dtype)
+
+
+def _pack_numbers(k: jax.Array, v: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    return jnp.concatenate(_heads_first(k, v), axis=3).astype(dtype)
+
+
+def _pack_int8(k: jax.Array, v: jax.Array) -> Int8[jax.Array]:
+    k, v = _heads_first(k, v)
     values, scale = quantize(jnp.stack([k, v], axis=3))
-    return PackedCache(Int8(values.reshape(*k.shape[:3], -1), scale.swapaxes(2, 3)))
+    return Int8(values.reshape(*k.shape[:3], -1), scale.swapaxes(2, 3))
+
+
+def _heads_first(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns new keys and values [B, T, K, H] as [B, K, T, H], and only finite values."""
+    return k.swapaxes(1, 2), reference.finite(v).swapaxes(1, 2)

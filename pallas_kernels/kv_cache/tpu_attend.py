@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.kv_cache.int8 import SCALE_BYTES, Int8, is_int8
+from pallas_kernels.kv_cache.int8 import SCALE_BYTES, CacheArray, Int8, is_int8
 
 MAX_TOKENS = 16
 SPLIT = 256  # entries per block
@@ -42,7 +42,7 @@ def attend_bytes(cache_shape: tuple[int, ...], lengths, dtype: jnp.dtype) -> int
     return entries * heads * (width * jnp.dtype(dtype).itemsize + scales)
 
 
-def attend(q: jax.Array, cache: jax.Array | Int8, positions: jax.Array) -> jax.Array:
+def attend(q: jax.Array, cache: CacheArray, positions: jax.Array) -> jax.Array:
     """Attends with q [B, T, K, G, H] to a cache [B, K, C, 2H], an int8 cache with scales [B, K, 2, C].
 
     Query t of sequence b sees entries 0 .. positions[b] + t, as in the reference. What lies past them has no influence,
@@ -95,7 +95,7 @@ def last_split(position: jax.Array | int, tokens: int) -> jax.Array | int:
     return (position + tokens - 1) // SPLIT
 
 
-def _cache_blocks(cache: jax.Array | Int8, heads_per_block: int, tokens: int) -> pl.BlockSpec | Int8:
+def _cache_blocks(cache: CacheArray, heads_per_block: int, tokens: int) -> pl.BlockSpec | Int8[pl.BlockSpec]:
     """Returns the blocks of the cache that each grid step reads; past a sequence's end, the last one again."""
 
     def block_index(row, heads, split, positions):

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.kv_cache.int8 import Int8
+from pallas_kernels.kv_cache.int8 import CacheArray, Int8
 
 MAX_TOKENS = 16
 SCALE_TILE = 128  # entries whose scales lie in one tile of HBM
@@ -73,13 +73,13 @@ class _Layout(NamedTuple):
         return array.at[row, :, entries, :] if self.axis == 1 else array.at[row, :, :, entries]
 
 
-def _layouts(cache: jax.Array | Int8, tokens: int) -> list[_Layout]:
+def _layouts(cache: CacheArray, tokens: int) -> list[_Layout]:
     """Returns the layout of each array of the cache: the numbers, then the scales if it is int8."""
     tiles = [tile_entries(cache.values.dtype), SCALE_TILE] if isinstance(cache, Int8) else [tile_entries(cache.dtype)]
     return [_Layout(axis, tile, _window(tokens, tile)) for axis, tile in enumerate(tiles, 1)]
 
 
-def write(cache: jax.Array | Int8, new: jax.Array | Int8, positions: jax.Array) -> jax.Array | Int8:
+def write(cache: CacheArray, new: CacheArray, positions: jax.Array) -> CacheArray:
     """Writes new [B, K, T, W] into a cache [B, K, C, W] at entries positions[b] .. of sequence b, in place.
 
     In int8 also writes scales [B, K, 2, T] into scales [B, K, 2, C]. C must be a multiple of every tile, W of 128
