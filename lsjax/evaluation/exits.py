@@ -59,7 +59,7 @@ def evaluated_exits(num_layers: int, stride: int, exit_adapter: ExitAdapter | No
 
 def exit_profile(
     params: Params,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch[jax.Array] | Batch[np.ndarray]],
     config: ModelConfig,
     stride: int = 1,
     execution: Execution | None = None,
@@ -80,7 +80,7 @@ def exit_profile(
 @functools.partial(jax.jit, static_argnames=("config", "exit_layers", "execution", "chunk"))
 def evaluate_batch(
     params: Params,
-    batch: Batch,
+    batch: Batch[jax.Array],
     config: ModelConfig,
     exit_layers: tuple[int, ...],
     execution: Execution | None = None,
@@ -127,7 +127,7 @@ def evaluate_batch(
     loss, right, predicted = jax.tree.map(lambda a, last: jnp.append(a[index], last[None], axis=0), early, read_exit(x))
     agree = jnp.sum((predicted == predicted[-1]) * weights, axis=(1, 2, 3))
     # Replicated, so that every host can read them.
-    return tuple(constrain(total) for total in (loss, right, agree, jnp.sum(weights)))
+    return constrain(loss), constrain(right), constrain(agree), constrain(jnp.sum(weights))
 
 
 def _adapted(x: jax.Array, exit_layer: jax.Array, exit_adapter: ExitAdapter | None) -> jax.Array:

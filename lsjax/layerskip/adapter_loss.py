@@ -19,7 +19,7 @@ from lsjax.model.transformer import Params, exit_and_last_states
 def adapter_loss(
     adapter: ExitAdapter,
     params: Params,
-    batch: Batch,
+    batch: Batch[jax.Array],
     config: ModelConfig,
     *,
     token_stride: int = 1,

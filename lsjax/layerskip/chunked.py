@@ -123,7 +123,9 @@ def _normed_run(params, states, targets: Targets, exits: Exits, static: _Static,
         normed = norm(params["final_norm"], states)
         return _mesh_run(head, normed, targets, exits, static, with_gradient)
     normed, norm_vjp = jax.vjp(norm, params["final_norm"], states)
-    result, (head_gradient, normed_gradient) = _mesh_run(head, normed, targets, exits, static, with_gradient)
+    result, gradients = _mesh_run(head, normed, targets, exits, static, with_gradient)
+    assert gradients is not None
+    head_gradient, normed_gradient = gradients
     scale_gradient, states_gradient = norm_vjp(normed_gradient)
     # A head that does not learn has no gradient array at all, not an array of zeros.
     return result, ((head_gradient or dict.fromkeys(head)) | {"final_norm": scale_gradient}, states_gradient)
@@ -194,7 +196,7 @@ def _run_rows(head, states, targets: Targets, exits: Exits, static: _Static, wit
         head_sum = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
     head_sum, (values, losses, states_gradient) = jax.lax.scan(chunk_losses, head_sum, pieces)
     result = jnp.sum(values), jnp.sum(losses, axis=0)
-    if not with_gradient:
+    if states_gradient is None:
         return result, None
     head_gradient = head_sum and jax.tree.map(lambda a, s: s.astype(a.dtype), head, head_sum)
     return result, (head_gradient, jnp.moveaxis(states_gradient, 0, 2).reshape(states.shape))

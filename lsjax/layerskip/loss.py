@@ -19,7 +19,7 @@ from lsjax.model.transformer import LayerOptions, Params, scan_layers
 
 def multi_exit_loss(
     params: Params,
-    batch: Batch,
+    batch: Batch[jax.Array],
     config: ModelConfig,
     *,
     exit_weights: jax.Array,

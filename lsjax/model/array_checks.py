@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from lsjax.checks import MAX_INTEGER
 from lsjax.config import ModelConfig
@@ -19,7 +20,7 @@ from lsjax.model.quantization import is_quantized
 
 def concrete(value: Any) -> np.ndarray | None:
     """Returns the value as a numpy array; None when it is traced or spread over other hosts' devices."""
-    if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
+    if isinstance(value, Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
         return None
     return np.asarray(value)
 
@@ -128,7 +129,7 @@ def is_numeric(dtype: Any) -> bool:
 
 def describe(value: Any) -> str:
     """Describes a value in a few words on one line: plain values themselves, arrays by dtype and shape."""
-    if isinstance(value, jax.core.Tracer) or (isinstance(value, (jax.Array, np.ndarray)) and value.ndim):
+    if isinstance(value, Tracer) or (isinstance(value, (jax.Array, np.ndarray)) and value.ndim):
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, (jax.Array, np.ndarray)):
         return f"{value} ({value.dtype})"

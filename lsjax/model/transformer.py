@@ -61,7 +61,9 @@ def count_params(config: ModelConfig) -> int:
 
 def final_norm(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
     """Applies the norm that stands before the head, which all exits share: [..., D] -> [..., D]."""
-    return RMSNorm(config.rms_norm_epsilon).apply({"params": params["final_norm"]}, x)
+    normed = RMSNorm(config.rms_norm_epsilon).apply({"params": params["final_norm"]}, x)
+    assert not isinstance(normed, tuple)  # a pair only where collections are mutable
+    return normed
 
 
 def project_vocabulary(params: Params, x: jax.Array) -> jax.Array:

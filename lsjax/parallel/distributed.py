@@ -62,17 +62,18 @@ def is_leader() -> bool:
 
 def leader_first(work: Callable[[], T]) -> T:
     """Runs `work` on the leader, then on the other hosts. An error on one host raises UserError on every host."""
-    result, problem = None, ""
+    results: list[T] = []
+    problem = ""
     for my_turn in (is_leader(), not is_leader()):
         if my_turn:
             try:
-                result = work()
+                results.append(work())
             except Exception as error:
                 problem = str(error) or type(error).__name__
                 if jax.process_count() == 1:
                     raise
         raise_together(problem)
-    return result
+    return results[0]
 
 
 def raise_together(problem: str) -> None:
@@ -117,8 +118,8 @@ def batch_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     hold the same rows, when the tensor axis spans them.
     """
     rows = np.arange(batch_size)
-    mine = sharding.addressable_devices_indices_map(rows.shape).values()
-    return np.unique(np.concatenate([rows[index[0]] for index in mine]))
+    indices = sharding.devices_indices_map(rows.shape)
+    return np.unique(np.concatenate([rows[indices[device][0]] for device in sharding.addressable_devices]))
 
 
 class StopVote:

@@ -8,7 +8,7 @@ RULES maps logical axes to mesh axes, PARAMETER_AXES gives the logical axes of e
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from jax.experimental import mesh_utils
@@ -17,6 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from lsjax.config import MeshConfig
 from lsjax.errors import UserError
+
+# The checker takes it for a variable: jaxlib has no stubs, in which it would be a class.
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -62,7 +65,7 @@ ADAPTER_AXES = {
 _TRAINING_AXES = PARAMETER_AXES | ADAPTER_AXES
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
     """Arranges the devices (default: all) as a mesh (data, fsdp, tensor).
 
     One of the three sizes may be -1 and takes the devices that the others leave. Raises UserError when the sizes do not
@@ -87,7 +90,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def spec(*logical_axes: str | None) -> P:
     """Returns the partition of an array with these logical axes (None: a whole axis)."""
-    return P(*(RULES.get(axis) for axis in logical_axes))
+    return P(*(None if axis is None else RULES.get(axis) for axis in logical_axes))
 
 
 def free_axes() -> set[str]:
@@ -138,7 +141,7 @@ def _parameter_name(path: Any) -> str:
 def mesh_of(array: Any) -> Mesh | None:
     """Returns the mesh over which an array (or its description) is laid out; None when it lies on one device."""
     sharding = getattr(array, "sharding", None)
-    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
 
 
 def replicated_like(array: jax.Array) -> Sharding:

@@ -69,8 +69,8 @@ def draft_acceptance(
     return jnp.transpose(jax.lax.map(of_row, states.swapaxes(0, 1)), (2, 1, 0, 3))
 
 
-def _rounded_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: None) -> jax.Array:
-    return plain_attention(q, *int8_round_trip(k, v))
+def _rounded_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    return plain_attention(q, *int8_round_trip(k, v), segment_ids)
 
 
 def expected_rounds(acceptance: np.ndarray, tokens: np.ndarray, num_speculations: int) -> np.ndarray:
