@@ -11,6 +11,7 @@ from jax.experimental import topologies
 
 from lsjax.costs.hardware import Chip, Topology
 from lsjax.errors import UserError
+from lsjax.parallel.sharding import Device
 
 
 class _GpuDetails(NamedTuple):
@@ -43,7 +44,7 @@ def prepare() -> None:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
 
 
-def compile_only_devices(topology: Topology) -> list[jax.Device]:
+def compile_only_devices(topology: Topology) -> list[Device]:
     """Returns the topology's devices, for which programs can be compiled.
 
     Raises UserError when the extra `ahead` is missing or no such slice exists.
@@ -58,15 +59,15 @@ def compile_only_devices(topology: Topology) -> list[jax.Device]:
         raise UserError(f"cannot describe --topology={topology}: {reason}{fix}") from None
 
 
-def _tpu(topology: Topology) -> list[jax.Device]:
+def _tpu(topology: Topology) -> list[Device]:
     name = f"{topology.chip.name.removeprefix('tpu:')}:{'x'.join(map(str, topology.shape))}"
-    options = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}
+    options: dict[str, tuple[int, int, int] | str] = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}
     if topology.chip.name == "tpu:v4":  # otherwise each of its two cores would be a device
         options["chip_config_name"] = "megacore"
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
-def _gpu(topology: Topology) -> list[jax.Device]:
+def _gpu(topology: Topology) -> list[Device]:
     hosts, gpus = topology.shape
     return topologies.get_topology_desc(
         platform="cuda",

@@ -78,7 +78,7 @@ class Program(NamedTuple):
         for instruction in self.computations[computation].values():
             yield instruction, times
             if instruction.opcode == "while":
-                body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)[1]
+                body = _found(r"body=%?([\w.\-]+)", instruction.attributes)
                 yield from self._runs(body, times * (self.trip_count(instruction) or self.unknown_trip_count), share)
             elif instruction.opcode == "conditional":
                 largest = max(instruction.called(), key=self._size)
@@ -98,7 +98,7 @@ class Program(NamedTuple):
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        condition = self.computations[re.search(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
+        condition = self.computations[_found(r"condition=%?([\w.\-]+)", loop.attributes)]
         root = next(i for i in condition.values() if i.is_root)
         comparison = root
         if root.opcode == "fusion":
@@ -106,7 +106,7 @@ class Program(NamedTuple):
         limits = [i for i in condition.values() if i.opcode == "constant" and i.shape.startswith("s32[]")]
         if comparison.opcode != "compare" or "direction=LT" not in comparison.attributes or len(limits) != 1:
             return None
-        return int(re.match(r"(\d+)", limits[0].attributes)[1])
+        return int(_found(r"^(\d+)", limits[0].attributes))
 
 
 def parse(text: str) -> Program:
@@ -138,6 +138,14 @@ def _instruction(line: str) -> Instruction:
     if opcode in ("constant", "parameter"):
         return Instruction(name, shape, opcode, (), inner, is_root)
     return Instruction(name, shape, opcode, tuple(re.findall(r"%([\w.\-]+)", inner)), after, is_root)
+
+
+def _found(pattern: str, text: str) -> str:
+    """Returns the first group of a pattern. Raises ValueError when the text does not hold what XLA always writes."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"this HLO is of another form: {text[:200]!r} has no {pattern}")
+    return found[1]
 
 
 def _closing(text: str, opening: int) -> int:

@@ -16,7 +16,7 @@ from lsjax.data.batch import Batch
 from lsjax.decoding.forward import DRAFT, PREFILL_CHUNK, Weights, cache_dtype, decoder_weights, init_cache
 from lsjax.decoding.lowering import DecodeShape, choose_kernels, lower_decoding
 from lsjax.decoding.shardings import decoder_weight_shardings
-from lsjax.decoding.strategies import Strategy, check_strategy
+from lsjax.decoding.strategies import SelfSpeculative, Strategy, check_strategy
 from lsjax.errors import UserError
 from lsjax.evaluation.exits import evaluate_batch, evaluated_exits
 from lsjax.model.execution import Execution, choose_execution
@@ -180,7 +180,7 @@ def decode_programs(
 def _strategy_weights(config: ModelConfig, strategy: Strategy, mesh: Mesh, int8_weights: bool) -> Weights:
     """Describes the weights that a strategy decodes with, int8 copies of its drafting layers among them."""
     weights = _decoder_weights(config, mesh, int8_weights)
-    if not strategy.draft_weights:
+    if not isinstance(strategy, SelfSpeculative) or not strategy.draft_weights:
         return weights
     if int8_weights:
         raise UserError(
@@ -188,7 +188,8 @@ def _strategy_weights(config: ModelConfig, strategy: Strategy, mesh: Mesh, int8_
             "leave --draft_weights out"
         )
     rounded = _decoder_weights(config, mesh, int8_weights=True)
-    return weights | {DRAFT: {"layers": rounded["layers"][: strategy.exit_layer], "lm_head": rounded["lm_head"]}}
+    early_layers = rounded["layers"][: int(strategy.exit_layer)]
+    return weights | {DRAFT: {"layers": early_layers, "lm_head": rounded["lm_head"]}}
 
 
 def _decoder_weights(config: ModelConfig, mesh: Mesh, int8_weights: bool) -> Weights:
@@ -219,9 +220,10 @@ def _decode_flops(
     c, layers = config.model, strategy.layers_run(config.model.num_layers)
     forward = forward_flops(c, prompt_tokens)
     through_layers = (forward.layers + forward.attention_causal) * layers / c.num_layers
-    if strategy.name == "self_speculative":
-        verified_from = 0 if strategy.draft_weights else strategy.exit_layer
-        per_round = round_flops(c, capacity, strategy.exit_layer, strategy.num_speculations, verified_from)
+    if isinstance(strategy, SelfSpeculative):
+        exit_layer = int(strategy.exit_layer)
+        verified_from = 0 if strategy.draft_weights else exit_layer
+        per_round = round_flops(c, capacity, exit_layer, int(strategy.num_speculations), verified_from)
     else:
         per_round = round_flops(c, capacity, layers, 1, None)
     return {"executed": through_layers + forward.head / prompt_tokens}, {"executed": per_round}
@@ -237,7 +239,9 @@ def compile_ahead(program: LoweredProgram) -> CompileResult:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
             raise
         return CompileResult(time.monotonic() - began, problem=str(error))
-    return CompileResult(time.monotonic() - began, compiled.as_text(), compiled.memory_analysis())
+    text = compiled.as_text()
+    assert text is not None  # XLA's executables have one
+    return CompileResult(time.monotonic() - began, text, compiled.memory_analysis())
 
 
 def device_bytes(tree) -> int:
@@ -256,7 +260,7 @@ def _abstract_state(config: Config, mesh: Mesh, execution: Execution) -> TrainSt
     return abstract_arrays(jax.eval_shape(lambda: init_state(config, execution)), state_shardings(config, mesh))
 
 
-def _abstract_batch(config: Config, mesh: Mesh) -> Batch:
+def _abstract_batch(config: Config, mesh: Mesh) -> Batch[jax.ShapeDtypeStruct]:
     t = config.training
 
     def column(dtype):

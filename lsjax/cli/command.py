@@ -1,5 +1,6 @@
 """Runs one command: its flags, its --help, bad input as one line, and the exit status."""
 
+import io
 import os
 import sys
 import time
@@ -58,7 +59,7 @@ def prepare_process() -> None:
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a character that the terminal cannot show becomes a replacement sign
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot show becomes a replacement sign
             stream.reconfigure(errors="replace")
 
 

@@ -230,7 +230,7 @@ def _strategies(arguments: Arguments, drafting: "SelfSpeculative") -> list["Stra
         if name == "autoregressive":
             chosen.append(Autoregressive())
         elif name == "early_exit":
-            chosen.append(EarlyExit(drafting.exit_layer))
+            chosen.append(EarlyExit(int(drafting.exit_layer)))
         elif drafting.num_speculations or not arguments.lookup:
             chosen.append(drafting)
     return [*chosen, dataclasses.replace(drafting, lookup=arguments.lookup)] if arguments.lookup else chosen
@@ -254,7 +254,7 @@ def _baselines(arguments: Arguments, model: "Model", drafting: "SelfSpeculative"
 def _transformers_decoders(model: "Model", drafting: "SelfSpeculative", batch_size: int) -> "MakeDecoders":
     from lsjax.benchmarks.transformers_baseline import TransformersDecoder, TransformersModel, transformers_modes
 
-    modes = transformers_modes(drafting.exit_layer, drafting.num_speculations, batch_size)
+    modes = transformers_modes(int(drafting.exit_layer), int(drafting.num_speculations), batch_size)
     theirs = TransformersModel(model)
     return lambda batches: [TransformersDecoder(theirs, mode, batches) for mode in modes]
 

@@ -23,6 +23,7 @@ from lsjax.files import as_path
 HELP = ("--help", "-help", "-h")
 CONFIG = "config"
 
+_NO_CONFIG = "get_config() of the file of --config returns nothing; it must return a ConfigDict"
 _WIDTH = 79
 _COLUMN = 28  # where the help of a flag begins
 
@@ -60,9 +61,12 @@ class Arguments:
     def read_config(self) -> Config:
         """Returns the checked configuration of --config. Raises UserError when its file is missing or wrong."""
         try:
-            tree = self._values[CONFIG].value.to_dict()
+            config = self._values[CONFIG].value
+            tree = None if config is None else config.to_dict()
         except Exception as error:  # a configuration file is a program: it may raise anything
             raise UserError(f"cannot load the file of --{CONFIG}: {error.__cause__ or error}") from None
+        if tree is None:
+            raise UserError(_NO_CONFIG)
         return Config.from_dict(tree)
 
 
@@ -168,7 +172,7 @@ class CommandFlags:
             raise UserError(f"unexpected argument {rest[1]!r}; every option is --name=value (see --help)")
         missing = [f"--{name}=..." for name in self._required if self._values[name].value is None]
         if f"--{CONFIG}=..." in missing and any(a.startswith(f"--{CONFIG}") for a in arguments):
-            raise UserError("get_config() of the file of --config returns nothing; it must return a ConfigDict")
+            raise UserError(_NO_CONFIG)
         if missing:
             raise UserError(f"give {' and '.join(missing)} (see --help)")
         return Arguments(self._values)
