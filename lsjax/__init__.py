@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lsjax.tuning.cost_model import Tuning as Tuning
     from lsjax.tuning.tune import tune as tune
 
+    __version__: str
+
 _MODULE_OF = {
     "Autoregressive": "decoding.strategies",
     "Config": "config",
@@ -65,7 +67,37 @@ _MODULE_OF = {
     "tune": "tuning.tune",
 }
 
-__all__ = [*_MODULE_OF, "__version__"]
+# Written out, because type checkers read this list from the text. It holds the keys of _MODULE_OF.
+__all__ = [
+    "PROGRAM_CACHE",
+    "Autoregressive",
+    "Config",
+    "EarlyExit",
+    "GenerateResult",
+    "LayerPredictions",
+    "Model",
+    "ModelConfig",
+    "Piece",
+    "Sampling",
+    "SelfSpeculative",
+    "Tuning",
+    "UserError",
+    "__version__",
+    "default_config",
+    "exit_curriculum",
+    "exit_weights",
+    "forward",
+    "generate",
+    "hidden_states",
+    "layer_dropout_rates",
+    "layer_predictions",
+    "load",
+    "quantize",
+    "read_model_config",
+    "stream",
+    "train",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,10 @@ def test_a_public_name_is_there(name):
     assert name in dir(lsjax)
 
 
+def test_every_public_name_is_listed_for_type_checkers_and_for_loading():
+    assert sorted({*lsjax._MODULE_OF, "__version__"}) == sorted(lsjax.__all__)
+
+
 def test_another_name_is_refused():
     with pytest.raises(AttributeError, match="no attribute 'generat'"):
         lsjax.generat  # noqa: B018
