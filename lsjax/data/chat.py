@@ -79,6 +79,7 @@ class _Worker:
         """Returns the answer to one request. Threads take turns."""
         with self._lock:
             process = self._running()
+            assert process.stdin is not None
             try:
                 process.stdin.write(line + "\n")
                 process.stdin.flush()
@@ -117,6 +118,7 @@ class _Worker:
 
 def _read_line(process: subprocess.Popen, seconds: float) -> str:
     """Returns the next line that a process writes, or "" when it ends or time runs out."""
+    assert process.stdout is not None
     timer = threading.Timer(seconds, process.kill)
     timer.start()
     try:

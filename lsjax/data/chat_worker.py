@@ -12,13 +12,14 @@ import secrets
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.append(sys.argv[1])
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _MEMORY = 2 << 30  # bytes
@@ -30,9 +31,9 @@ _GENERATION = re.compile(r"\{%-?\s*generation\b")
 class GenerationTag(Extension):
     """Renders the body of {% generation %}, with which templates mark what the model is trained to say."""
 
-    tags = frozenset({"generation"})
+    tags: ClassVar[set[str]] = {"generation"}
 
-    def parse(self, parser: jinja2.parser.Parser) -> nodes.Scope:
+    def parse(self, parser: Parser) -> nodes.Scope:
         """Parses one block. Its assignments stay inside it, as in transformers."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import grain
 import jax
@@ -52,7 +53,7 @@ def held_out_batches(
     rows: Sequence[int] | None = None,
     separate_documents: bool = True,
     split: str = HELD_OUT,
-) -> list[Batch]:
+) -> list[Batch[np.ndarray]]:
     """Returns held-out sequences spread evenly over the records, always the same ones, in whole batches.
 
     split: "held_out", a source of config.data.mixture, or a set of config.data.validation.
@@ -110,14 +111,20 @@ def read_records(directory: Path, split: str) -> grain.MapDataset:
         raise UserError(f"{directory} holds no packed data: it has no {MANIFEST}")
     files = manifest["files"][split]
     try:
-        source = grain.sources.ArrayRecordDataSource([str(Path(directory) / name) for name in files])
+        source = _open_records([Path(directory) / name for name in files])
         sound = len(source) == sum(files.values())
     except Exception:  # ArrayRecord raises several types for a damaged file
-        sound = False
-    if not sound:
+        source, sound = None, False
+    if source is None or not sound:
         check_records(directory, {split: files})
         raise damaged_data(Path(directory) / MANIFEST, f"its {split} files cannot be read")
     return grain.MapDataset.source(source)
+
+
+def _open_records(paths: Sequence[Path]) -> "grain.sources.RandomAccessDataSource[bytes]":
+    source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+    # The checker cannot see the class that this one inherits its length from: Grain imports it under a condition.
+    return cast("grain.sources.RandomAccessDataSource[bytes]", source)
 
 
 def _batched(mine: _HostRows, sequence_length: int, separate_documents: bool) -> grain.MapDataset:
@@ -125,7 +132,7 @@ def _batched(mine: _HostRows, sequence_length: int, separate_documents: bool) ->
     return mine.map(read).batch(len(mine.rows), drop_remainder=True, batch_fn=_stack)
 
 
-def unpack(record: bytes, sequence_length: int, separate_documents: bool = True) -> Batch:
+def unpack(record: bytes, sequence_length: int, separate_documents: bool = True) -> Batch[np.ndarray]:
     """Returns one record as a Batch without its batch axis.
 
     A target gets weight 0 if it is from the next document, padding, or a part of an example that is not learned.
@@ -145,5 +152,5 @@ def unpack(record: bytes, sequence_length: int, separate_documents: bool = True)
     )
 
 
-def _stack(rows: list[Batch]) -> Batch:
+def _stack(rows: Sequence[Batch[np.ndarray]]) -> Batch[np.ndarray]:
     return jax.tree.map(lambda *column: np.stack(column), *rows)

@@ -216,7 +216,7 @@ class Tokenizer:
         They are generation_config.json (the tokens that end a text), tokenizer_config.json (special tokens, chat
         template) and tokenizer.json (vocabulary and rules), which comes last and marks the tokenizer as complete.
         """
-        generation = {"eos_token_id": list(self.stop)}
+        generation: dict[str, int | list[int]] = {"eos_token_id": list(self.stop)}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.settings
         settings.setdefault("eos_token", self.backend.id_to_token(self.stop[0]))
         if self.begin is not None:
@@ -243,7 +243,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     backend.train_from_iterator(texts, trainer)
     begin_with(backend, BEGIN)
-    return Tokenizer(backend, (backend.token_to_id(END),))
+    end = backend.token_to_id(END)
+    assert end is not None  # one of the trainer's special tokens
+    return Tokenizer(backend, (end,))
 
 
 def check_text(text: Any, what: str) -> str:

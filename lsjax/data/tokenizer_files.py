@@ -201,8 +201,9 @@ def _stop_ids(
             raise UserError(f"{source}: eos_token_id {ids} is not in the vocabulary of {path}")
         return found
     for token in (token_text(settings.get("eos_token")), END):
-        if isinstance(token, str) and backend.token_to_id(token) is not None:
-            return (backend.token_to_id(token),)
+        index = backend.token_to_id(token) if isinstance(token, str) else None
+        if index is not None:
+            return (index,)
     raise UserError(
         f"nothing says which token of {path} ends a text: give eos_token_id in {path.parent / GENERATION}, or "
         f"eos_token in {path.parent / SETTINGS}"

@@ -30,9 +30,10 @@ class Checkpoints:
         self._folder = make_folder(Path(workdir).absolute() / FOLDER, "checkpoint folder")
         self._silence = orbax_silenced()
         self._checkpointer = ocp.training.Checkpointer(
-            self._folder,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
+            str(self._folder),
+            # Not checked: Orbax declares its policies for a narrower type than its Checkpointer passes to them.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore[reportArgumentType]
+            preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
 

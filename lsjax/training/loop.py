@@ -308,7 +308,7 @@ class _Run:
                 t.seed,
                 mixture=self.config.data.mixture,
                 first_batch=first_step,
-                rows=self.rows,
+                rows=self.rows.tolist(),
                 separate_documents=self.config.data.separate_documents,
             )
         while True:
