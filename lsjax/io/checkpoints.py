@@ -110,7 +110,7 @@ def latest_step(workdir: Path) -> int:
 
 def save_model(folder: Path, params: Params) -> None:
     """Saves parameters alone, as the checkpoint of step 0 in a folder that holds no run."""
-    with orbax_silenced(), ocp.training.Checkpointer(Path(folder).absolute() / FOLDER) as checkpointer:
+    with orbax_silenced(), ocp.training.Checkpointer(str(Path(folder).absolute() / FOLDER)) as checkpointer:
         checkpointer.save_checkpointables(0, {"params": params})
 
 

@@ -136,15 +136,20 @@ def _number(fields: dict[str, Any], key: str, kind: type, default: Any = None) -
 
     A float is the shortest decimal number that rounds to the same float32: 1e-5, not 9.99999974738e-06.
     """
-    value = fields.get(f"llama.{key}", default)
-    if isinstance(value, list) and value:
-        if any(other != value[0] for other in value):
-            raise ValueError(f"llama.{key} differs between layers: {value}")
-        value = value[0]
+    value = _one_number(fields.get(f"llama.{key}", default), key)
     # bool is a subclass of int, and a file may hold a float where llama.cpp wants an integer.
     if value is not None and type(value) not in ((int,) if kind is int else (int, float)):
         raise ValueError(f"llama.{key} must be {'a whole number' if kind is int else 'a number'}, got {value!r}")
     return value if value is None or kind is int else float(str(np.float32(value)))
+
+
+def _one_number(value: Any, key: str) -> Any:
+    """Returns the first of several equal values, and anything else as it is."""
+    if not isinstance(value, list) or not value:
+        return value
+    if any(other != value[0] for other in value):
+        raise ValueError(f"llama.{key} differs between layers: {value}")
+    return value[0]
 
 
 def _rope_scaling(fields: dict[str, Any], tensors: dict[str, GGUFTensor], head_width: int, where: str) -> RopeScaling:

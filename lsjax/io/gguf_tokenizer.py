@@ -84,11 +84,12 @@ def _check_fields(fields: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: tokenizer.ggml.{key} must be true or false, got {shown(value)}")
 
 
-def _rebuild(fields: dict[str, Any], kind: str, where: str) -> Tokenizer:
+def _rebuild(fields: dict[str, Any], kind: str | None, where: str) -> Tokenizer:
     tokens = [text or f"[EMPTY_{index}]" for index, text in enumerate(fields["tokenizer.ggml.tokens"])]
     types = [_token_type(*entry) for entry in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)]
     ids = _ids(tokens, where)
-    pre = _ALIASES.get(fields.get("tokenizer.ggml.pre"), fields.get("tokenizer.ggml.pre"))
+    name = fields.get("tokenizer.ggml.pre")
+    pre = None if name is None else _ALIASES.get(name, name)
     if kind == "gpt2":
         backend = _byte_level(fields, ids, pre, where)
     elif kind == "llama":

@@ -34,21 +34,26 @@ class ModelSource(Protocol):
 
     def load_params(self, abstract: Params) -> Params:
         """Reads all parameters with the shapes, dtypes and shardings of `abstract`."""
+        ...
 
     def load_rest(self, abstract: Params) -> Params:
         """Reads the parameters that belong to no layer, as `load_params` does."""
+        ...
 
     def load_layers(self, name: str, abstract: jax.ShapeDtypeStruct) -> Iterator[jax.Array]:
         """Reads the parameter `name`, such as layers/attention/qkv, one layer at a time.
 
         abstract: the shape, dtype and sharding of one layer's parameter.
         """
+        ...
 
     def load_exit_adapter(self) -> ExitAdapter | None:
         """Reads the adapter of an exit, as a numpy array; None for a model without one."""
+        ...
 
     def stored_dtypes(self) -> Params:
         """Returns the dtype that each parameter is stored in, as a tree of parameters."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,11 +88,12 @@ def parameter_path(path: Any) -> str:
     return "/".join(key.key for key in path)
 
 
-def _fill(index: Slices, leaf: jax.ShapeDtypeStruct, pieces: tuple[Piece, ...], tensors: Tensors) -> np.ndarray:
+def _fill(index: Slices | None, leaf: jax.ShapeDtypeStruct, pieces: tuple[Piece, ...], tensors: Tensors) -> np.ndarray:
     """Returns the block `index` of a parameter, read from the tensors that it is made of.
 
     leaf: shape and dtype of the whole parameter.
     """
+    assert index is not None  # every device that is asked for holds a block
     block = tuple(slice(*cut.indices(size)) for cut, size in zip(index, leaf.shape, strict=True))
     out = _aligned_empty(tuple(cut.stop - cut.start for cut in block), leaf.dtype)
     stacked = "{layer}" in pieces[0].tensor
