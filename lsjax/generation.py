@@ -2,7 +2,7 @@
 
 import numbers
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lsjax.decoding.batch import GenerationConfig, Prompt, PromptBatch
 from lsjax.decoding.model import Model
@@ -12,6 +12,9 @@ from lsjax.decoding.session import DecodedSequence, DecodeSession
 from lsjax.decoding.stop_strings import text_so_far
 from lsjax.decoding.strategies import AUTOREGRESSIVE, GREEDY, Sampling, Strategy
 from lsjax.tuning.cost_model import resolve_auto
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 
 def generate(
@@ -115,7 +118,7 @@ def compiled_program(model: Model, strategy: Strategy, batch: PromptBatch) -> De
     return program
 
 
-def _is_one_prompt(prompts: object) -> bool:
+def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> "TypeIs[Prompt]":
     """Returns whether `prompts` is one text, or the token ids of one."""
     if isinstance(prompts, str):
         return True

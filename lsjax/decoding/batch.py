@@ -55,7 +55,7 @@ def check_whole_number(name: str, value: Any, least: int, most: int | None = Non
     """Raises UserError unless a value is a whole number (no bool, no float, no text) in least..most."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
         raise UserError(f"{name} must be a whole number, got {shown(value)}")
-    if value < least or (most is not None and value > most):
+    if int(value) < least or (most is not None and int(value) > most):
         limit = f"at least {least}" if most is None else f"in {least}..{most}"
         raise UserError(f"{name} must be {limit}, got {shown(value)}")
 

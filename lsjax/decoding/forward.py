@@ -103,15 +103,15 @@ def run_layers(
     why.
     """
     cos_sin = rotation(positions[:, None] + jnp.arange(x.shape[1]), config)
-    cache = list(cache)
+    caches = list(cache)
     for index in layers:
 
-        def attend(q, k, v, old=cache[index]):
+        def attend(q, k, v, old=caches[index]):
             written = kv_cache.write(old, k, v, positions)
             return kv_cache.attend(q, written, positions), written
 
-        x, cache[index] = apply_layer(weights["layers"][index], x, cos_sin, attend, config)
-    return x, tuple(cache)
+        x, caches[index] = apply_layer(weights["layers"][index], x, cos_sin, attend, config)
+    return x, tuple(caches)
 
 
 def prefill(
@@ -130,15 +130,15 @@ def prefill(
     if length > PREFILL_CHUNK:
         return _prefill_by_chunks(weights, tokens, lengths, cache, config, layers)
     cos_sin = rotation(jnp.broadcast_to(jnp.arange(length), (batch, length)), config)
-    x, cache = embed(weights, tokens), list(cache)
+    x, caches = embed(weights, tokens), list(cache)
     for index in layers:
 
-        def attend(q, k, v, old=cache[index]):
+        def attend(q, k, v, old=caches[index]):
             return plain_attention(q, *kv_cache.as_read(old, k, v)), kv_cache.fill(old, k, v)
 
-        x, cache[index] = apply_layer(weights["layers"][index], x, cos_sin, attend, config)
+        x, caches[index] = apply_layer(weights["layers"][index], x, cos_sin, attend, config)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return exit_logits(weights, adapt(weights, last), config)[:, 0], tuple(cache)
+    return exit_logits(weights, adapt(weights, last), config)[:, 0], tuple(caches)
 
 
 def _prefill_by_chunks(

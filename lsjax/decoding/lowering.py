@@ -106,7 +106,8 @@ def lower_decoding(
     lower_prefill, state, shardings = _prefill_program(weights, config, strategy, shape, sampler)
     decode = functools.partial(_decode, config=config, strategy=strategy)
     int32, sampler = _int32(weights), _described(sampler, weights)
-    arguments = (weights, state, int32(), int32(shape.num_stop_tokens), sampler, Pause(int32(), int32()))
+    pause = jax.tree.map(lambda _: int32(), NEVER)
+    arguments = (weights, state, int32(), int32(shape.num_stop_tokens), sampler, pause)
     loop = jax.jit(decode, donate_argnums=1, out_shardings=shardings).trace(*arguments)
     return lower_prefill(platform), _lower(loop, platform)
 
@@ -218,8 +219,8 @@ def _decode(
             max_new_tokens,
             stop_token_ids,
             config,
-            exit_layer=strategy.exit_layer,
-            num_speculations=strategy.num_speculations,
+            exit_layer=int(strategy.exit_layer),
+            num_speculations=int(strategy.num_speculations),
             sampler=sampler,
             pause=pause,
             lookup=strategy.lookup,

@@ -102,10 +102,10 @@ class Sampled(NamedTuple):
     The values are arrays: other values do not recompile.
     """
 
-    keys: jax.Array
-    temperature: jax.Array
-    top_k: jax.Array | None = None
-    top_p: jax.Array | None = None
+    keys: jax.Array | np.ndarray
+    temperature: jax.Array | np.float32
+    top_k: jax.Array | np.int32 | None = None
+    top_p: jax.Array | np.float32 | None = None
 
     def choose(self, logits, index, subset=None):
         log_p = filtered_log_probabilities(logits, self.temperature, self.top_k, self.top_p)
@@ -211,7 +211,10 @@ def leading(agree: jax.Array) -> jax.Array:
 
 
 def filtered_log_probabilities(
-    logits: jax.Array, temperature: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None
+    logits: jax.Array,
+    temperature: jax.Array | np.float32,
+    top_k: jax.Array | np.int32 | None,
+    top_p: jax.Array | np.float32 | None,
 ) -> jax.Array:
     """Returns log softmax(logits / temperature) [..., V] over the tokens that top_k and then top_p keep.
 
@@ -221,6 +224,7 @@ def filtered_log_probabilities(
     scaled = logits.astype(jnp.float32) / temperature
     if top_k is None:
         return jax.nn.log_softmax(scaled, axis=-1)
+    assert top_p is not None  # both or neither
     size = scaled.shape[-1]
     ordered = -jnp.sort(-scaled, axis=-1)
     last = jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1

@@ -89,12 +89,12 @@ class DecodeSession:
         yielded: set[int] = set()
         self.prefill(sync=True)
         while True:
-            ended = np.flatnonzero(self.host_state.done)
+            ended = np.flatnonzero(self.host_state.done).tolist()
             for row in ended:
                 if (prompt := self._prompt_of_row[row]) not in yielded:
                     yielded.add(prompt)
                     yield prompt, self.result(row)
-            if self._waiting and len(ended):
+            if self._waiting and ended:
                 self._refill()
             elif len(ended) == len(self._prompt_of_row):
                 return
@@ -122,8 +122,8 @@ class DecodeSession:
         return DecodedSequence(
             tokens=self.tokens(row),
             rounds=int(state.rounds[row]),
-            drafted_at=state.drafted_at[row].copy(),
-            accepted_at=state.accepted_at[row].copy(),
+            drafted_at=np.array(state.drafted_at[row]),
+            accepted_at=np.array(state.accepted_at[row]),
         )
 
     def results(self) -> list[DecodedSequence]:
@@ -144,7 +144,7 @@ class DecodeSession:
         """Puts waiting prompts into the rows that are done."""
         assert self._programs.prefill_one is not None
         assert self._programs.replace is not None
-        rows = np.flatnonzero(self.host_state.done)[: len(self._waiting)]
+        rows = np.flatnonzero(self.host_state.done)[: len(self._waiting)].tolist()
         for row in rows:
             self._take_out(row)
             self._prompt_of_row[row] = prompt = self._waiting.pop(0)
@@ -152,7 +152,7 @@ class DecodeSession:
             new, _ = self._first_tokens(self._programs.prefill_one, [prompt])
             self._state = jax.block_until_ready(self._programs.replace(self._state, self._put(np.int32(row)), new))
             self.prefill_seconds[prompt] = time.perf_counter() - began
-        if len(rows):
+        if rows:
             self._sampler = self._put(self._batch.sampler.take(self._prompt_of_row))
             self.sync()
             self._end_at_stop_strings(self._without_tokens_of(rows))
@@ -192,7 +192,7 @@ class DecodeSession:
         if not self._batch.stop_texts:
             return
         ended = False
-        for row in np.flatnonzero(self.host_state.emitted > before.emitted):
+        for row in np.flatnonzero(self.host_state.emitted > before.emitted).tolist():
             prompt = self._batch.prompt(self._prompt_of_row[row])
             known, stops = int(before.emitted[row]), self._batch.stop_texts
             end = completed_at(self._tokenizer, self.tokens(row), known, stops, prompt)

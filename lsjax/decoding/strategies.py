@@ -102,7 +102,7 @@ class SelfSpeculative(_Strategy):
 
     @property
     def max_drafts(self) -> int:
-        return max(self.num_speculations, self.lookup)
+        return max(int(self.num_speculations), self.lookup)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def check_strategy(strategy: Strategy, num_layers: int) -> None:
             f"strategy must be Autoregressive(), EarlyExit(...) or SelfSpeculative(...), got {shown(strategy)}"
         )
     lookup = strategy.lookup
-    if isinstance(lookup, bool) or not isinstance(lookup, numbers.Integral) or not 0 <= lookup <= MAX_SPECULATIONS:
+    if isinstance(lookup, bool) or not isinstance(lookup, numbers.Integral) or not 0 <= int(lookup) <= MAX_SPECULATIONS:
         raise UserError(f"lookup must be a number in 0..{MAX_SPECULATIONS}, got {shown(lookup)}")
     settings = {field.name: getattr(strategy, field.name) for field in dataclasses.fields(strategy)}
     for key in ("exit_layer", "num_speculations"):

@@ -98,7 +98,8 @@ def stack_params(weights: Weights, shapes: Params) -> Params:
 
     mesh, head = mesh_of(weights["embed"]), weights.get("lm_head")
     arguments = weights["layers"], head
-    as_made = mesh is None or isinstance(head, Quantized)
-    shardings = None if as_made else tree_shardings(jax.eval_shape(make, *arguments), mesh)
+    shardings = None
+    if mesh is not None and not isinstance(head, Quantized):
+        shardings = tree_shardings(jax.eval_shape(make, *arguments), mesh)
     made = jax.jit(make, out_shardings=shardings)(*arguments)
     return {key: weights[key] for key in ("embed", "final_norm")} | made
