@@ -139,8 +139,9 @@ def _run_layer(layer, x, visible, rotation):
 
 def _import():
     try:
-        import torch
-        import transformers
+        # Not checked, because a machine need not have this extra.
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(f"comparing with PyTorch needs {error.name}: {INSTALL_HINT}") from None
     return torch, transformers

@@ -68,8 +68,9 @@ class TransformersModel:
 
     def __init__(self, model: Model):
         try:
-            import torch
-            import transformers
+            # Not checked, because a machine need not have this extra.
+            import torch  # pyright: ignore[reportMissingImports]
+            import transformers  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise UserError(f"comparing with transformers needs {error.name}: {INSTALL_HINT}") from None
         self.torch, self.stop_token_ids = torch, list(model.tokenizer.stop)
