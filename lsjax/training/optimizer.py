@@ -6,8 +6,8 @@ import jax
 import optax
 
 from lsjax.config import TrainingConfig
+from lsjax.model.selection import is_frozen
 from lsjax.model.transformer import Params
-from lsjax.training.selection import is_frozen
 
 
 def learning_rate_schedule(config: TrainingConfig) -> optax.Schedule:

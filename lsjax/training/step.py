@@ -20,10 +20,10 @@ from lsjax.model.execution import COMPILER_OPTIONS, Execution, choose_execution
 from lsjax.model.exit_adapter import ExitAdapter, init_kernel
 from lsjax.model.lora import adapt, init_adapter, merge
 from lsjax.model.matmul import rounding_products
+from lsjax.model.selection import is_frozen, lora_scale, lora_targets
 from lsjax.model.transformer import Params, abstract_params, head_matrix, init_params
 from lsjax.parallel.sharding import batch_sharding, batch_ways, check_batch, tree_shardings
 from lsjax.training.optimizer import learning_rate_schedule, make_optimizer
-from lsjax.training.selection import is_frozen, lora_scale, lora_targets
 
 
 class TrainState(NamedTuple):
