@@ -13,6 +13,9 @@ from lsjax.costs.hardware import Chip
 from lsjax.evaluation.exits import evaluated_exits
 from lsjax.layerskip.dropout import layer_dropout_rates
 from lsjax.layerskip.exits import active_exits
+from lsjax.model.lora import MATRICES
+from lsjax.model.selection import leaves_by_path, trained_paths
+from lsjax.model.transformer import abstract_params
 
 
 class TokenFlops(NamedTuple):
@@ -49,26 +52,51 @@ def forward_flops(config: ModelConfig, sequence_length: int) -> TokenFlops:
 def model_flops_per_token(config: Config, causal: bool = False) -> float:
     """Counts the training FLOPs of the plain model per token, the numerator of model FLOPs utilisation (MFU).
 
-    The backward pass costs twice the forward pass. With LoRA, where weights have no gradient, products with them cost
-    once as much; those with A and B, which are thin, are not counted. A model with an exit_adapter in training has no
-    backward pass, and its head reads every exit_token_stride-th token. Recomputation, early exits and skipped layers
-    are not included.
+    The backward pass costs twice the forward pass where everything is trained. Gradients that config.training.frozen or
+    LoRA save are not counted, nor are products with the factors A and B, which are thin. A model with an exit_adapter
+    in training has no backward pass, and its head reads every exit_token_stride-th token. Recomputation, early exits
+    and skipped layers are not included.
     """
     forward = forward_flops(config.model, config.training.sequence_length)
     if config.layerskip.exit_adapter != "none":
         return forward.model(causal) - forward.head * (1 - 1 / config.layerskip.exit_token_stride)
-    return 3 * forward.model(causal) - sum(_saved_gradients(config, forward))
+    gradients = _gradients(config)
+    attention = forward.attention_causal if causal else forward.attention_full
+    head = (gradients.head + gradients.normed) * forward.head
+    return forward.model(causal) + gradients.layers_backward(forward, attention) + head
 
 
-def _saved_gradients(config: Config, forward: TokenFlops) -> tuple[float, float]:
-    """Counts the FLOPs of weights' gradients that LoRA saves: of the layers, and of the head.
+class _Gradients(NamedTuple):
+    """The gradients that a step computes.
 
-    The head has a gradient where it has an adapter, which the step merges into it.
+    matrices: FLOPs of the gradients of the layers' matrices. states: whether the backward pass goes through the layers,
+    which all need their states' gradients if a single one of them, or the embedding, is trained.
+    normed: whether the states that the head reads have a gradient. head: whether its matrix has one.
     """
-    head = "embed" if config.model.tie_embeddings else "lm_head"
-    if not config.training.lora_rank:
-        return 0.0, 0.0
-    return forward.layers, 0.0 if head in config.training.lora_targets.replace(" ", "").split(",") else forward.head
+
+    matrices: float
+    states: bool
+    normed: bool
+    head: bool
+
+    def layers_backward(self, forward: TokenFlops, attention: float) -> float:
+        """Returns the FLOPs of the backward pass through the layers, of which attention costs `attention` forwards."""
+        return self.matrices + self.states * (forward.layers + 2 * attention)
+
+
+def _gradients(config: Config) -> _Gradients:
+    shapes = abstract_params(config.model)
+    sizes = {path: leaf.size for path, leaf in leaves_by_path(shapes).items()}
+    trained = trained_paths(config.training, shapes)
+    # With LoRA the layers' own matrices have no gradient. The step merges the head's adapter into it, so the head has.
+    whole = () if config.training.lora_rank else trained
+    states = any(path.startswith(("layers/", "embed")) for path in trained)
+    return _Gradients(
+        matrices=2.0 * sum(sizes[path] for path in whole if path in MATRICES and path.startswith("layers/")),
+        states=states,
+        normed=states or "final_norm/scale" in trained,
+        head=("embed" if config.model.tie_embeddings else "lm_head") in trained,
+    )
 
 
 class StepFlops(NamedTuple):
@@ -101,19 +129,20 @@ def step_flops(config: Config) -> StepFlops:
         exits = (2 * forward.head + adapter) / s.exit_token_stride
         model, causal = (model_flops_per_token(config, causal) for causal in (False, True))
         return StepFlops(model, causal, exits, skipped=0.0, recomputed=0.0)
-    run = 1 - skipped_share(config)
+    run, gradients = 1 - skipped_share(config), _gradients(config)
     # An exit costs a forward pass, the gradient of the states and that of the head. Inside the layer loop, the forward
     # pass is computed twice. With a teacher, the exits run after the layers, and every step computes the last layer's
     # logits once more.
     taught = s.exit_distillation > 0
-    saved_layers, saved_head = _saved_gradients(config, forward)
-    passes = 2 + (s.exits_train_head and not saved_head) + (not taught)
-    recomputed = run * (_recomputed_layers(config, forward) + forward.attention_causal / 2)
+    states, head = gradients.normed if s.exits_train_head else gradients.states, s.exits_train_head and gradients.head
+    passes = 1 + states + head + ((states or head) and not taught)
+    recomputed = run * gradients.states * (_recomputed_layers(config, forward) + forward.attention_causal / 2)
+    layers = forward.layers + forward.attention_causal
     return StepFlops(
         model=model_flops_per_token(config),
         model_causal=model_flops_per_token(config, causal=True),
         exits=(taught + passes * early_exits(config)) * forward.head / s.exit_token_stride,
-        skipped=(1 - run) * (3 * (forward.layers + forward.attention_causal) - saved_layers),
+        skipped=(1 - run) * (layers + gradients.layers_backward(forward, forward.attention_causal)),
         recomputed=recomputed,
     )
 

@@ -24,6 +24,16 @@ def is_frozen(config: TrainingConfig, params: Params) -> Any:
     return frozen
 
 
+def trained_paths(config: TrainingConfig, params: Params) -> set[str]:
+    """Returns the paths of the parameters that a run trains or, with LoRA, of the matrices that get an adapter.
+
+    params: the model's parameters, or their description. Raises UserError as `is_frozen` and `lora_targets` do.
+    """
+    if config.lora_rank:
+        return set(lora_targets(config, params))
+    return {path for path, frozen in leaves_by_path(is_frozen(config, params)).items() if not frozen}
+
+
 def lora_targets(config: TrainingConfig, params: Params) -> tuple[str, ...]:
     """Returns the paths of the matrices that get a LoRA adapter.
 
@@ -31,9 +41,7 @@ def lora_targets(config: TrainingConfig, params: Params) -> tuple[str, ...]:
     Raises UserError when a part of config.training.lora_targets names no matrix, when none is left, and when the rank
     exceeds a side of a matrix.
     """
-    shapes = {
-        path: leaf.shape for path, leaf in zip(jax.tree.leaves(_paths(params)), jax.tree.leaves(params), strict=True)
-    }
+    shapes = {path: leaf.shape for path, leaf in leaves_by_path(params).items()}
     frozen = _named("frozen", config.frozen, list(shapes), "parameter")
     matrices = [path for path in shapes if path in MATRICES]
     targets = [p for p in _named("lora_targets", config.lora_targets, matrices, "matrix") if p not in frozen]
@@ -56,6 +64,11 @@ def lora_targets(config: TrainingConfig, params: Params) -> tuple[str, ...]:
 def lora_scale(config: TrainingConfig) -> float:
     """Returns the factor of A B: alpha / r."""
     return config.lora_alpha / config.lora_rank
+
+
+def leaves_by_path(params: Params) -> dict[str, Any]:
+    """Returns the leaves of a tree of parameters by their paths, such as layers/attention/qkv."""
+    return dict(zip(jax.tree.leaves(_paths(params)), jax.tree.leaves(params), strict=True))
 
 
 def _paths(params: Params) -> Any:

@@ -161,12 +161,58 @@ def test_lora_saves_gradients_of_weights(targets):
     assert model_flops_per_token(config) < model_flops_per_token(small())
 
 
-def compiled_dots(config):
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        "layers/feed_forward",
+        "layers/attention/qkv,lm_head",
+        "embed,lm_head",
+        "embed,layers,lm_head",
+        "embed,layers",
+        "embed,layers,final_norm",
+        "layers",
+    ],
+)
+def test_frozen_parameters_save_what_the_compiled_program_leaves_out(frozen):
+    config = small(training={"frozen": frozen})
+    assert compiled_dots(config) == pytest.approx(step_flops(config).model, rel=1e-6)
+    assert model_flops_per_token(config) < model_flops_per_token(small())
+
+
+def test_a_frozen_tied_embedding_is_a_frozen_head():
+    config = small(model={"tie_embeddings": True}, training={"frozen": "embed"})
+    assert compiled_dots(config) == pytest.approx(step_flops(config).model, rel=1e-6)
+    assert step_flops(config).model == step_flops(small()).model - forward_flops(config.model, 16).head
+
+
+def test_lora_of_the_head_alone_has_no_backward_pass_through_the_layers():
+    config = small(training={"lora_rank": 4, "lora_targets": "lm_head"})
+    merging = 2 * 3 * 4 * 32 * 512 / 32  # as above
+    assert compiled_dots(config) == pytest.approx(step_flops(config).model + merging, rel=1e-6)
+    forward = forward_flops(config.model, 16)
+    assert step_flops(config).model == forward.model() + forward.head
+
+
+@pytest.mark.parametrize("frozen", ["embed,layers", "embed,layers,lm_head", "lm_head", "layers/attention"])
+@pytest.mark.parametrize(
+    "recipe", [{}, {"exits_train_head": False}, {"exit_last": 2, "exit_distillation": 1.0}], ids=str
+)
+def test_exits_of_frozen_parameters_cost_what_is_counted(frozen, recipe):
+    plain, config = (
+        small(training={"frozen": frozen}),
+        small(layerskip={"exit_curriculum": "all"} | recipe, training={"frozen": frozen}),
+    )
+    on = early_exits(config)
+    extra = compiled_dots(config, share=on / 6) - compiled_dots(plain)
+    assert step_flops(config).exits == pytest.approx(extra, rel=1e-6)
+
+
+def compiled_dots(config, share=0.0):
     """Counts the FLOPs per token of loss and gradient in the compiled program."""
     state, batch = jax.eval_shape(lambda: init_state(config)), make_batch(config)
     step = functools.partial(mean_gradients, recipe=recipe_at(0, config), config=config)
-    compiled = jax.jit(lambda s, b: step(s, b)[0]).lower(state, batch).compile()
-    return executed_dots(hlo.parse(compiled.as_text())) / batch.tokens.size
+    compiled = jax.jit(lambda s, b: step(s, b)).lower(state, batch).compile()
+    return executed_dots(hlo.parse(compiled.as_text()), share) / batch.tokens.size
 
 
 def again(policy, forward):
@@ -174,10 +220,11 @@ def again(policy, forward):
     return forward.attention_full
 
 
-def executed_dots(program):
+def executed_dots(program, share):
+    """share: how often an exit is on, as a share of the executions of its branch."""
     total = 0.0
     owners = {id(i): c for c in program.computations.values() for i in c.values()}
-    for instruction, times in program.runs(lambda branch: 0.0):  # no exit is on
+    for instruction, times in program.runs(lambda branch: share):
         if instruction.opcode == "dot":
             total += times * dot_flops(owners[id(instruction)], instruction)
         elif instruction.opcode == "fusion":
