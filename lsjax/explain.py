@@ -3,6 +3,7 @@
 import numpy as np
 
 from lsjax.decoding.batch import Prompt, check_whole_number, encode_prompt, padded_length
+from lsjax.decoding.forward import EXIT_ADAPTER
 from lsjax.decoding.model import Model
 from lsjax.decoding.strategies import INT8
 from lsjax.evaluation.layers import predict_layers
@@ -18,6 +19,7 @@ def layer_predictions(model: Model, prompt: Prompt, max_new_tokens: int = 0) -> 
 
     One pass reads the whole text with all exits. It computes with the weights that decode, and never holds the logits
     of more than 128 positions of one exit. Texts are padded to a power of two, so that new lengths seldom compile.
+    An exit with an adapter predicts through it, as its drafts do.
 
     Raises UserError as `generate` does.
     """
@@ -28,6 +30,9 @@ def layer_predictions(model: Model, prompt: Prompt, max_new_tokens: int = 0) -> 
         text = [*text, *generate(model, [text], max_new_tokens).tokens[0]]
     padded = np.zeros(padded_length(len(text)), np.int32)
     padded[: len(text)] = text
-    found = predict_layers(model.decoder_weights(), padded, model.config, int8_cache=model.cache == INT8)
+    adapter = model.exit_adapter and model.adapter_weights(model.exit_adapter.exit_layer)[EXIT_ADAPTER]
+    found = predict_layers(
+        model.decoder_weights(), padded, model.config, int8_cache=model.cache == INT8, exit_adapter=adapter
+    )
     predicted, probabilities = (np.asarray(array)[:, : len(text)] for array in found)
     return LayerPredictions(predicted, probabilities, np.array(text, np.int32), prompt_length, model.tokenizer)

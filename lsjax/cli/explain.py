@@ -9,7 +9,7 @@ The prompt is continued greedily, then one pass reads the whole text with every 
 A column is a position of the text, a row is a layer, and a cell is the token that this layer would put next. Green
 cells predict what the last layer predicts, orange cells something else; the stronger the colour, the likelier the
 token. The last row is the layer from which the prediction no longer changes. A space is shown as a dot, a line break
-as an arrow.
+as an arrow. In a model with an adapter of an exit, that exit predicts through it, as its drafts do.
 
 The line under the table averages that layer over all positions, over the tokens of the prompt, and over those of the
 continuation.

@@ -10,6 +10,7 @@ import numpy as np
 from lsjax.config import ModelConfig
 from lsjax.layerskip.chunked import split_tokens
 from lsjax.model.attention import plain_attention
+from lsjax.model.exit_adapter import ExitAdapter
 from lsjax.model.rope import rotation
 from lsjax.model.transformer import apply_layer, exit_logits
 from pallas_kernels.kv_cache.reference import int8_round_trip
@@ -24,6 +25,7 @@ def predict_layers(
     config: ModelConfig,
     int8_cache: bool = False,
     chunk: int = CHUNK,
+    exit_adapter: ExitAdapter | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the likeliest next token of every exit at every position, and its probability: int32, float32 [L,S].
 
@@ -31,6 +33,7 @@ def predict_layers(
     tokens: one text [S]. Tokens at its end, such as padding, change nothing before them.
     int8_cache: rounds keys and values as an int8 cache does.
     chunk: positions whose logits exist at once. Each exit reads its state in chunks before the next layer runs.
+    exit_adapter: what its exit predicts goes through it, as in decoding.
 
     Entry l is exit layer l+1. Probabilities are a float32 softmax over the whole vocabulary.
     """
@@ -47,9 +50,10 @@ def predict_layers(
 
     x = weights["embed"][tokens[None]]
     seen = []
-    for layer in weights["layers"]:
+    for exit_layer, layer in enumerate(weights["layers"], 1):
         x, _ = apply_layer(layer, x, cos_sin, attend, config)
-        seen.append(jax.lax.map(read_chunk, split_tokens(x, chunk)))
+        adapter = exit_adapter if exit_adapter is not None and exit_adapter.exit_layer == exit_layer else None
+        seen.append(jax.lax.map(read_chunk, split_tokens(adapter.apply(x) if adapter else x, chunk)))
     predicted, probabilities = (jnp.stack(arrays).reshape(len(seen), -1) for arrays in zip(*seen, strict=True))
     return predicted, probabilities
 

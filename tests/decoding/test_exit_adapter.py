@@ -77,6 +77,19 @@ def test_greedy_tokens_are_the_models_own_whatever_the_adapter_drafts(plain, ada
     assert lsjax.generate(adapted, PROMPTS, NEW).tokens == expected
 
 
+def test_layer_predictions_of_the_exit_go_through_its_adapter(plain, adapted, adapter):
+    """Compares with the formula in numpy, and with the text of an early exit."""
+    text = np.random.default_rng(3).integers(0, 320, 11).tolist()
+    ours, theirs = (lsjax.layer_predictions(model, text) for model in (adapted, plain))
+    states = np.asarray(hidden_states(plain.params, jnp.array([text]), plain.config))[EXIT - 1, 0]
+    logits = exit_logits(plain.params, jnp.asarray(states + states @ np.asarray(adapter.kernel)), plain.config)
+    assert ours.tokens[EXIT - 1].tolist() == np.argmax(logits, axis=-1).tolist() != theirs.tokens[EXIT - 1].tolist()
+    others = [layer for layer in range(plain.config.num_layers) if layer != EXIT - 1]
+    assert ours.tokens[others].tolist() == theirs.tokens[others].tolist()
+    (first,) = lsjax.generate(adapted, [text], 1, lsjax.EarlyExit(EXIT)).tokens
+    assert ours.tokens[EXIT - 1, -1] == first[0]
+
+
 def test_in_int8_greedy_tokens_are_those_of_the_int8_model(adapted):
     rounded = quantize(adapted)
     assert rounded.exit_adapter is adapted.exit_adapter
