@@ -65,7 +65,7 @@ def prepare(
     Returns (tokenizer, manifest). The folder appears whole or not at all. Raises UserError when it holds something
     else, or when there is too little text.
     """
-    manifest = _existing(config, directory)
+    manifest = _existing(config, directory, given)
     if manifest is None:
         sources = list_sources(config.data)
         if most_bytes is not None and sources.size > most_bytes:
@@ -74,7 +74,7 @@ def prepare(
                 "by itself; run `lsjax prepare` first, with the same --config and --workdir"
             )
         prepare_shard(config, directory, Shard(), note, given, sources=sources, workers=workers)
-        manifest = _existing(config, directory)
+        manifest = _existing(config, directory, given)
         assert manifest is not None, "one shard of one completes the folder"
     _describe(manifest, note)
     return load_tokenizer(directory), manifest
@@ -94,7 +94,7 @@ def prepare_shard(
 
     Returns whether the folder is complete. Other arguments and errors are those of `prepare`.
     """
-    if _existing(config, directory) is not None:
+    if _existing(config, directory, given) is not None:
         return True
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"data folder {directory} exists and holds something else; choose another")
@@ -106,17 +106,27 @@ def prepare_shard(
         _pack(folder, config, sources, shard, workers, note)
         return _complete(folder, directory, config, sources)
     except UserError:
-        if not folder.exists() and _existing(config, directory) is not None:
+        if not folder.exists() and _existing(config, directory, given) is not None:
             return True  # another job completed it meanwhile
         if shard.count == 1 and not any(folder.glob("part-*.json")):
             shutil.rmtree(folder, ignore_errors=True)  # bad input leaves nothing behind
         raise
 
 
-def _existing(config: Config, directory: Path) -> dict | None:
-    """Returns the manifest of complete data. Raises UserError when it was packed for another configuration."""
+def _existing(config: Config, directory: Path, given: Tokenizer | None) -> dict | None:
+    """Returns the manifest of complete data. Raises UserError when it was packed for another configuration.
+
+    given: the initial model's tokenizer, the only part of that model that the data depends on.
+    """
     manifest, request = read_manifest(directory), _request(config)
-    if manifest is not None and _with_defaults(manifest["request"]) != request:
+    if manifest is None:
+        return None
+    found = _with_defaults(manifest["request"])
+    if found != request and found | {"initial_model": config.initial_model} == request:  # that model may have moved
+        unused = bool(config.data.tokenizer)
+        if unused or (given is not None and given.files() == load_tokenizer(directory).files()):
+            return manifest
+    if found != request:
         raise UserError(
             f"{directory} holds data packed for {manifest['request']}, not {request}; remove it or set "
             "config.data.directory to another folder"

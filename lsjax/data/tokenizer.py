@@ -216,15 +216,20 @@ class Tokenizer:
         They are generation_config.json (the tokens that end a text), tokenizer_config.json (special tokens, chat
         template) and tokenizer.json (vocabulary and rules), which comes last and marks the tokenizer as complete.
         """
+        files = self.files()
+        write_atomically(Path(folder) / GENERATION, json.dumps(files[GENERATION], indent=2))
+        write_atomically(Path(folder) / SETTINGS, json.dumps(files[SETTINGS], indent=2, ensure_ascii=False))
+        write_atomically(Path(folder) / TOKENIZER, files[TOKENIZER])
+
+    def files(self) -> dict[str, Any]:
+        """Returns what `save` writes, by the names of the files. Tokenizers that are the same have the same."""
         generation: dict[str, int | list[int]] = {"eos_token_id": list(self.stop)}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.settings
         settings.setdefault("eos_token", self.backend.id_to_token(self.stop[0]))
         if self.begin is not None:
             generation["bos_token_id"] = self.begin
             settings.setdefault("bos_token", self.backend.id_to_token(self.begin))
-        write_atomically(Path(folder) / GENERATION, json.dumps(generation, indent=2))
-        write_atomically(Path(folder) / SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False))
-        write_atomically(Path(folder) / TOKENIZER, self.backend.to_str(pretty=False))
+        return {GENERATION: generation, SETTINGS: settings, TOKENIZER: self.backend.to_str(pretty=False)}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

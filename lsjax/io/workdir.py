@@ -28,7 +28,7 @@ _FREE = (
     "config.training.loss_chunk",
     "config.training.scan_unroll",
 )
-_TOTAL_STEPS = "config.training.total_steps"
+_TOTAL_STEPS, _INITIAL_MODEL = "config.training.total_steps", "config.initial_model"
 
 Change = tuple[str, Any, Any]  # key, old value, new value
 
@@ -48,6 +48,8 @@ def check_free(workdir: Path, config: Config) -> list[Change]:
     for name, old, new in changes:
         if name == _TOTAL_STEPS:
             _check_total_steps(workdir, old, new)
+        elif name == _INITIAL_MODEL and config.training.lora_rank:
+            continue  # the base may have moved; training.start.find_base refuses another model
         elif not any(name == free or name.startswith(f"{free}.") for free in _FREE):
             raise UserError(
                 f"{workdir} holds another run: {name} was {old!r} there and is {new!r} now; use the same config, or "

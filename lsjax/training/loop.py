@@ -67,8 +67,7 @@ def train(
     parameter is not finite; the last good checkpoint then stays.
     """
     # ---- Where: a mesh that fits the devices, one program on all hosts, a workdir for this run alone.
-    config = checked_config(config)
-    workdir = as_path(workdir, "workdir")
+    config, workdir = checked_config(config), as_path(workdir, "workdir")
     if isinstance(profile_steps, bool) or not isinstance(profile_steps, int) or profile_steps < 0:
         raise UserError(f"profile_steps must be a whole number of at least 0, got {shown(profile_steps)}")
     distributed.check_same(config.to_dict(), "config")
@@ -84,8 +83,9 @@ def train(
         verbose = verbose and distributed.is_leader()
         say = print if verbose else _say_nothing
         directory = data_directory(workdir, config)
-        initial, tokenizer = distributed.leader_first(lambda: _open_inputs(config, directory, say))
+        initial = distributed.leader_first(lambda: open_initial_model(config))
         base = find_base(config, workdir, initial)
+        tokenizer = distributed.leader_first(lambda: _pack_text(config, directory, say, initial))
 
         # ---- From: the latest checkpoint, the initial model, or random parameters born in their shards.
         with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
@@ -112,6 +112,12 @@ def train(
 def _say_nothing(text: str) -> None: ...
 
 
+def _pack_text(config: Config, directory: Path, say: Callable[[str], None], initial: ModelSource | None) -> Tokenizer:
+    """Packs the text, or finds it packed. Returns its tokenizer."""
+    given = initial.tokenizer if initial else None
+    return prepare(config, directory, say, given, most_bytes=TRAIN_PREPARES_BYTES)[0]
+
+
 @contextlib.contextmanager
 def _leader_occupies(workdir: Path) -> Iterator[None]:
     """Keeps other runs out of the workdir. Only the leader's process holds the lock, for all hosts of this run."""
@@ -120,13 +126,6 @@ def _leader_occupies(workdir: Path) -> Iterator[None]:
             lambda: stack.enter_context(occupied(workdir)) if distributed.is_leader() else None,
         )
         yield
-
-
-def _open_inputs(config: Config, directory: Path, say: Callable[[str], None]) -> tuple[ModelSource | None, Tokenizer]:
-    """Opens the initial model and packs the text, or finds it packed."""
-    initial = open_initial_model(config)
-    given = initial.tokenizer if initial else None
-    return initial, prepare(config, directory, say, given, most_bytes=TRAIN_PREPARES_BYTES)[0]
 
 
 def _describe_start(config: Config, first_step: int) -> str:

@@ -121,7 +121,7 @@ def test_another_base_is_refused_everywhere(finished, copied, tmp_path):
 
 
 def test_a_base_that_moved_is_found_when_it_is_named(copied, tmp_path):
-    config, workdir = copied
+    _, workdir = copied
     base = json.loads((workdir / "base_model.json").read_text())
     (workdir / "base_model.json").write_text(json.dumps(base | {"path": str(tmp_path / "gone")}))
     with pytest.raises(
@@ -133,8 +133,50 @@ def test_a_base_that_moved_is_found_when_it_is_named(copied, tmp_path):
     convert(elsewhere, tmp_path / "peft", "peft", adapter=workdir)
     settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(elsewhere)
-    with pytest.raises(lsjax.UserError, match=r"holds another run: config\.initial_model was"):
+
+
+def test_a_run_resumes_from_a_base_that_moved_and_remembers_where_it_is(finished, copied, tmp_path):
+    config, workdir = copied
+    base, elsewhere = finished[1].parent / "base", tmp_path / "elsewhere"
+    base.rename(elsewhere)
+    try:
+        with pytest.raises(lsjax.UserError, match=r"no model at .*base: it does not exist"):
+            train(config, workdir, verbose=False)
         train(dataclasses.replace(config, initial_model=str(elsewhere)), workdir, verbose=False)
+        assert lsjax.load(workdir).step == 4
+        assert json.loads((workdir / "config.json").read_text())["initial_model"] == str(elsewhere)
+    finally:
+        elsewhere.rename(base)
+    jax.tree.map(np.testing.assert_array_equal, load_stored(workdir)[1], load_stored(finished[1])[1])
+    changes = json.loads((workdir / "changes.jsonl").read_text())
+    assert changes == {"step": 2, "changes": {"config.initial_model": [config.initial_model, str(elsewhere)]}}
+
+
+@pytest.mark.parametrize("other", ["weights", "tokenizer"])
+def test_a_run_resumes_from_no_other_base(copied, tmp_path, other):
+    config, workdir = copied
+    elsewhere = copy_of("llama31", tmp_path / "elsewhere")
+    if other == "weights":
+        edit_tensors(elsewhere, lambda tensors: tensors.update({"model.norm.weight": 2 * tensors["model.norm.weight"]}))
+        message = r"elsewhere is not the base model of the adapter in .*run"
+    else:
+        tokenizer = json.loads((elsewhere / "tokenizer.json").read_text())
+        tokenizer["model"]["merges"].reverse()
+        (elsewhere / "tokenizer.json").write_text(json.dumps(tokenizer))
+        message = "holds data packed for"
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with pytest.raises(lsjax.UserError, match=message):
+        train(dataclasses.replace(config, initial_model=str(elsewhere)), workdir, verbose=False)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_without_lora_does_not_change_its_initial_model(text_folder, tmp_path):
+    base, elsewhere = (copy_of("llama31", tmp_path / name) for name in ("base", "elsewhere"))
+    config = continuing(conftest.tiny_run.__wrapped__(text_folder), base)
+    config = replace(config, training={"total_steps": 2})
+    train(config, tmp_path / "run", verbose=False)
+    with pytest.raises(lsjax.UserError, match=r"holds another run: config\.initial_model was"):
+        train(dataclasses.replace(config, initial_model=str(elsewhere)), tmp_path / "run", verbose=False)
 
 
 @pytest.mark.parametrize(
