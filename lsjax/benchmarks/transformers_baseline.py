@@ -95,7 +95,8 @@ class TransformersModel:
         with torch.inference_mode():
             tokens, mask = torch.as_tensor(tokens), torch.as_tensor(mask)
             began = time.perf_counter()
-            result = self.model.generate(
+            # Not checked: transformers declares `generate` for a protocol that its own models do not fulfil.
+            result = self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
                 tokens,
                 attention_mask=mask,
                 max_new_tokens=batch.max_new_tokens,
