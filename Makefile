@@ -88,7 +88,7 @@ test-ahead: $(AHEAD)  ## Programs compiled for TPUs and GPUs that are not there.
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m basedpyright --level error --baselinemode=discard
+	$(RUN) -m basedpyright --level error
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .
