@@ -6,22 +6,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lsjax.aot.compile_only import compile_only_devices
 from lsjax.config import Config, MeshConfig, ModelConfig
 from lsjax.costs.flops import evaluation_flops, forward_flops, round_flops, step_flops
 from lsjax.costs.hardware import Topology
 from lsjax.data.batch import Batch
-from lsjax.decoding.forward import DRAFT, PREFILL_CHUNK, Weights, cache_dtype, decoder_weights, init_cache
+from lsjax.decoding.forward import DRAFT, EXIT_ADAPTER, PREFILL_CHUNK, Weights, cache_dtype, decoder_weights, init_cache
 from lsjax.decoding.lowering import DecodeShape, choose_kernels, lower_decoding
 from lsjax.decoding.shardings import decoder_weight_shardings
 from lsjax.decoding.strategies import SelfSpeculative, Strategy, check_strategy
 from lsjax.errors import UserError
 from lsjax.evaluation.exits import evaluate_batch, evaluated_exits
 from lsjax.model.execution import Execution, choose_execution
+from lsjax.model.exit_adapter import ExitAdapter
 from lsjax.model.quantization import quantize_params
 from lsjax.model.transformer import init_params
+from lsjax.model.weight_layout import OutputMajor
 from lsjax.parallel.sharding import abstract_arrays, batch_sharding, check_batch, make_mesh, tree_shardings
 from lsjax.training.step import (
     TrainState,
@@ -92,7 +95,7 @@ def train_program(config: Config, topology: Topology) -> LoweredProgram:
         execution=execution,
         lowered=lowered,
         input_bytes={
-            "parameters": device_bytes((state.params, state.base)),
+            "parameters": device_bytes((state.params, state.base, state.exit_adapter)),
             "optimizer": device_bytes(state.optimizer),
             "batch": device_bytes(batch),
         },
@@ -107,12 +110,13 @@ def evaluation_program(config: Config, topology: Topology) -> LoweredProgram:
     mesh = train_mesh(config, topology)
     check_batch(config.training.batch_size, mesh, "config.training.batch_size")
     execution = choose_execution(config, topology.chip.platform)
-    exits = evaluated_exits(config.model.num_layers, config.evaluation.exit_stride)
     state, batch = _abstract_state(config, mesh, execution), _abstract_batch(config, mesh)
+    adapter = state.adapter(config)
+    exits = evaluated_exits(config.model.num_layers, config.evaluation.exit_stride, adapter)
     with jax.set_mesh(mesh):
         params = jax.eval_shape(lambda state: model_params(state, config), state)
         params = abstract_arrays(params, tree_shardings(params, mesh))
-        traced = evaluate_batch.trace(params, batch, config.model, exits, execution)
+        traced = evaluate_batch.trace(params, batch, config.model, exits, execution, exit_adapter=adapter)
         lowered = traced.lower(lowering_platforms=(_platform(topology),))
     return LoweredProgram(
         name="evaluation",
@@ -120,7 +124,7 @@ def evaluation_program(config: Config, topology: Topology) -> LoweredProgram:
         execution=execution,
         lowered=lowered,
         input_bytes={
-            "parameters": device_bytes((state.params, state.base)),
+            "parameters": device_bytes((state.params, state.base, state.exit_adapter)),
             "batch": device_bytes(batch),
             "optimizer, waiting": device_bytes(state.optimizer),
         },
@@ -149,7 +153,7 @@ def decode_programs(
     check_strategy(strategy, config.model.num_layers)
     ways = topology.size if config.mesh.tensor == -1 else config.mesh.tensor
     mesh = _mesh(MeshConfig(1, 1, ways), topology, ways)
-    weights = _strategy_weights(config.model, strategy, mesh, int8_weights)
+    weights = _strategy_weights(config, strategy, mesh, int8_weights)
     capacity, buffer_size = prompt_tokens + new_tokens + 64, new_tokens + 64
     shape = DecodeShape(batch_size, prompt_tokens, capacity, buffer_size, num_stop_tokens=1, cache=cache)
     chosen = choose_kernels(kernels, weights, config.model, strategy, shape, topology.chip.platform)
@@ -177,19 +181,43 @@ def decode_programs(
     return prefilling, decoding
 
 
-def _strategy_weights(config: ModelConfig, strategy: Strategy, mesh: Mesh, int8_weights: bool) -> Weights:
-    """Describes the weights that a strategy decodes with, int8 copies of its drafting layers among them."""
-    weights = _decoder_weights(config, mesh, int8_weights)
-    if not isinstance(strategy, SelfSpeculative) or not strategy.draft_weights:
-        return weights
-    if int8_weights:
-        raise UserError(
-            "--draft_weights=int8 with --weights=int8: a model in int8 already drafts with int8 layers; "
-            "leave --draft_weights out"
-        )
-    rounded = _decoder_weights(config, mesh, int8_weights=True)
-    early_layers = rounded["layers"][: int(strategy.exit_layer)]
-    return weights | {DRAFT: {"layers": early_layers, "lm_head": rounded["lm_head"]}}
+def _strategy_weights(config: Config, strategy: Strategy, mesh: Mesh, int8_weights: bool) -> Weights:
+    """Describes the weights that a strategy decodes with, as `DecodeProgram.weights` puts them together.
+
+    Those that only draft are int8 copies of the early layers and the head, and the adapter of the exit.
+    """
+    weights = _decoder_weights(config.model, mesh, int8_weights)
+    drafter = _exit_adapter(config, strategy, mesh)
+    if not isinstance(strategy, SelfSpeculative):
+        return weights | drafter
+    if strategy.draft_weights:
+        if int8_weights:
+            raise UserError(
+                "--draft_weights=int8 with --weights=int8: a model in int8 already drafts with int8 layers; "
+                "leave --draft_weights out"
+            )
+        rounded = _decoder_weights(config.model, mesh, int8_weights=True)
+        drafter |= {"layers": rounded["layers"][: int(strategy.exit_layer)], "lm_head": rounded["lm_head"]}
+    return weights | {DRAFT: drafter} if drafter else weights
+
+
+def _exit_adapter(config: Config, strategy: Strategy, mesh: Mesh) -> Weights:
+    """Describes the adapter of a strategy's exit, laid out for decoding; empty if that exit has none."""
+    if not _has_adapter(config, strategy):
+        return {}
+
+    def make() -> ExitAdapter:
+        kernel = jnp.zeros((config.model.width, config.model.width), jnp.bfloat16)
+        return ExitAdapter(config.layerskip.draft_exit, OutputMajor(kernel))
+
+    adapter = jax.eval_shape(make)
+    return {EXIT_ADAPTER: abstract_arrays(adapter, jax.tree.map(lambda _: NamedSharding(mesh, P()), adapter))}
+
+
+def _has_adapter(config: Config, strategy: Strategy) -> bool:
+    """Returns whether `config` trains an adapter for the exit of a strategy."""
+    section = config.layerskip
+    return section.exit_adapter != "none" and strategy.settings()["exit_layer"] == section.draft_exit
 
 
 def _decoder_weights(config: ModelConfig, mesh: Mesh, int8_weights: bool) -> Weights:
@@ -219,14 +247,18 @@ def _decode_flops(
     """Returns the FLOPs (per prompt token of prefill, per sequence and round of the loop), each by kind."""
     c, layers = config.model, strategy.layers_run(config.model.num_layers)
     forward = forward_flops(c, prompt_tokens)
+    adapter = 2 * c.width**2 if _has_adapter(config, strategy) else 0
     through_layers = (forward.layers + forward.attention_causal) * layers / c.num_layers
     if isinstance(strategy, SelfSpeculative):
         exit_layer = int(strategy.exit_layer)
         verified_from = 0 if strategy.draft_weights else exit_layer
-        per_round = round_flops(c, capacity, exit_layer, int(strategy.num_speculations), verified_from)
+        drafted = int(strategy.num_speculations)
+        per_round = round_flops(c, capacity, exit_layer, drafted, verified_from) + drafted * adapter
+        after_prompt = forward.head
     else:
-        per_round = round_flops(c, capacity, layers, 1, None)
-    return {"executed": through_layers + forward.head / prompt_tokens}, {"executed": per_round}
+        per_round = round_flops(c, capacity, layers, 1, None) + adapter
+        after_prompt = forward.head + adapter
+    return {"executed": through_layers + after_prompt / prompt_tokens}, {"executed": per_round}
 
 
 def compile_ahead(program: LoweredProgram) -> CompileResult:

@@ -148,10 +148,16 @@ def step_flops(config: Config) -> StepFlops:
 
 
 def evaluation_flops(config: Config) -> float:
-    """Counts the FLOPs per token of an evaluation: the forward pass, and the head at each evaluated exit."""
+    """Counts the FLOPs per token of an evaluation: the forward pass, and the head at each evaluated exit.
+
+    The exit of an adapter is evaluated too, through it.
+    """
     forward = forward_flops(config.model, config.training.sequence_length)
-    exits = len(evaluated_exits(config.model.num_layers, config.evaluation.exit_stride))
-    return forward.model(causal=True) + (exits - 1) * forward.head
+    exits, adapter = {*evaluated_exits(config.model.num_layers, config.evaluation.exit_stride)}, 0.0
+    if config.layerskip.exit_adapter != "none":
+        exits.add(config.layerskip.draft_exit)
+        adapter = 2.0 * config.model.width**2
+    return forward.model(causal=True) + (len(exits) - 1) * forward.head + adapter
 
 
 def round_flops(config: ModelConfig, capacity: int, exit_layer: int, drafted: int, verified_from: int | None) -> float:

@@ -195,6 +195,52 @@ def test_a_decoding_loop_holds_weights_and_caches_once(strategy):
     assert 0.9 * weights < traffic < (1 + drafting) * weights + 4 * cache
 
 
+ADAPTER = {"exit_adapter": "linear", "draft_exit": 2, "dropout_max_rate": 0.0, "exit_curriculum": "none"}
+LORA = {"lora_rank": 8, "lora_targets": "layers,lm_head"}
+
+
+def small(**sections):
+    """Returns a run of four narrow layers on eight devices; no matrix of the model has the shape of an adapter's."""
+    shape = {"width": 512, "num_heads": 4, "num_kv_heads": 4, "feed_forward_width": 1024, "vocab_size": 4096}
+    sections.setdefault("layerskip", {"exit_curriculum": "none", "dropout_max_rate": 0.0})
+    training = {"batch_size": 8, "sequence_length": 512, "gradient_accumulation": 1} | sections.pop("training", {})
+    return shallow(model={"num_layers": 4} | shape, mesh={"data": 1, "fsdp": -1}, training=training, **sections)
+
+
+@pytest.mark.parametrize("make", [train_program, evaluation_program])
+@pytest.mark.parametrize("sections", [{}, {"layerskip": ADAPTER}, {"training": LORA}], ids=["full", "adapter", "LoRA"])
+def test_the_compiler_counts_the_same_inputs(sections, make):
+    """The program of a run holds all that the run trains, and what it stands on; the count names all of it."""
+    _, program, result = report_of(small(**sections), "gpu:h100:1x8", make)
+    inputs = sum(size for kind, size in program.input_bytes.items() if kind != "optimizer, waiting")
+    assert result.memory.argument_size_in_bytes == pytest.approx(inputs, rel=2e-3)
+
+
+def test_an_evaluation_reads_the_exit_of_an_adapter_through_it():
+    plain, adapted = small(evaluation={"exit_stride": 3}), small(layerskip=ADAPTER, evaluation={"exit_stride": 3})
+    without, through = (evaluation_program(config, parse_topology("gpu:h100:1x8")) for config in (plain, adapted))
+    more = through.flops["executed"] - without.flops["executed"]
+    assert more == 2 * 512 * 4096 + 2 * 512**2  # one more exit, and the adapter's product
+    arguments = [compile_ahead(program).memory.argument_size_in_bytes for program in (without, through)]
+    assert arguments[1] - arguments[0] == pytest.approx(4 * 512**2, abs=1024)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "drafted"),
+    [(lsjax.EarlyExit(2), 1), (lsjax.SelfSpeculative(2, 3), 3), (lsjax.SelfSpeculative(1, 3), 0)],
+    ids=str,
+)
+def test_decoding_at_the_exit_of_an_adapter_goes_through_it(strategy, drafted):
+    loops = []
+    for config in (small(), small(layerskip=ADAPTER)):
+        (_, loop) = decode_programs(config, parse_topology("gpu:h100:1x8"), strategy, 1, 64, 64)
+        loops.append((loop, compile_ahead(loop).memory.argument_size_in_bytes))
+    (plain, plain_bytes), (adapted, adapted_bytes) = loops
+    kernel = 2 * 512**2 if drafted else 0  # in bfloat16, and as FLOPs
+    assert adapted_bytes - plain_bytes == adapted.input_bytes["parameters"] - plain.input_bytes["parameters"] == kernel
+    assert adapted.flops["executed"] - plain.flops["executed"] == drafted * kernel
+
+
 def test_search_ends_at_what_does_not_fit():
     # Short sequences, since XLA:GPU without cuDNN takes half a minute per trial for long ones.
     config = shallow(
