@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import lsjax
+from lsjax.io.convert import convert
 from tests.fuzz import mutations, victim
 from tests.fuzz.harness import wait_until
 from tests.fuzz.parts import same_params
@@ -139,6 +141,24 @@ def test_a_small_disk_that_is_full(size, config, undisturbed, all_inputs, tmp_pa
         check_full_disk(config, undisturbed[0], disk / "run", tmp_path / "log", relieve=grow)
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("form", ["huggingface", "lsjax", "gguf"])
+@pytest.mark.parametrize("limit", [0, 3_000])
+def test_a_conversion_onto_a_full_disk_is_one_line(form, limit, parts, all_inputs, tmp_path, capfd):
+    if not all_inputs and (form, limit) != ("lsjax", 3_000):
+        pytest.skip("make test-fuzz runs all")
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    capfd.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(lsjax.UserError, match="cannot write .*out"):
+            convert(parts.huggingface, tmp_path / "out", form)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    time.sleep(0.5)  # for threads that still write
+    assert "Traceback" not in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def check_full_disk(
