@@ -152,7 +152,7 @@ def test_a_conversion_onto_a_full_disk_is_one_line(form, limit, parts, all_input
     capfd.readouterr()
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(lsjax.UserError, match="cannot write .*out"):
+        with pytest.raises(lsjax.UserError, match=r"cannot write .*out"):
             convert(parts.huggingface, tmp_path / "out", form)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
