@@ -123,6 +123,7 @@ def _write(model: ModelSource, params: Params, folder: Path, form: str) -> None:
     elif form == "huggingface":
         write_huggingface(folder, model.config, params, model.tokenizer)
     else:
-        save_model(folder, params)
+        # The small files come first: on a full disk TensorStore's threads print more than the one line.
         model.tokenizer.save(folder)
         write_model_config(folder, model.config)
+        save_model(folder, params)
