@@ -124,7 +124,8 @@ def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> "TypeIs[Prompt]":
         return True
     if not hasattr(prompts, "__len__") or getattr(prompts, "ndim", 1) == 0:  # an array of one number has no length
         return False
-    return len(prompts) > 0 and all(isinstance(part, numbers.Integral) for part in prompts)
+    # The first entry tells; the others are looked at when the prompt is read, whose length is bounded.
+    return len(prompts) > 0 and isinstance(next(iter(prompts)), numbers.Integral)
 
 
 def _pieces(model: Model, batch: PromptBatch, program: DecodeProgram) -> Iterator[Piece]:

@@ -69,6 +69,9 @@ def argument_cases() -> Iterator[Case]:
             yield Case(
                 f"generate {name} in another way, {number}", call, lambda _, found: equals(found[1])(_, found[0])
             )
+    for number, prompts in enumerate((_LONG, [1, "a"], {1: 2}, b"ab", bytearray(b"ab"), memoryview(b"ab"), [2**70])):
+        call = functools.partial(_stream, prompts=prompts)
+        yield Case(f"stream of prompts that are none, {number}", call)
     for number, embed in enumerate((_RAGGED, [[1.0]], "abc", None, _LONG, collections.UserString("a"))):
         for function in (lsjax.forward, lsjax.hidden_states):
             call = functools.partial(_forward, function=function, change={"embed": embed})
@@ -94,6 +97,10 @@ def argument_cases() -> Iterator[Case]:
 def _generate(parts: Any, _: Any, arguments: dict[str, Any]) -> list[list[int]]:
     settings = {"prompts": [PROMPT], "max_new_tokens": NEW_TOKENS} | arguments
     return lsjax.generate(parts.model, **settings).tokens
+
+
+def _stream(parts: Any, _: Any, prompts: Any) -> list:
+    return list(lsjax.stream(parts.model, prompts, NEW_TOKENS))
 
 
 def _both(parts: Any, watch: Any, value: dict[str, Any], plain: dict[str, Any]) -> tuple:
