@@ -110,8 +110,9 @@ def latest_step(workdir: Path) -> int:
 
 def save_model(folder: Path, params: Params) -> None:
     """Saves parameters alone, as the checkpoint of step 0 in a folder that holds no run."""
+    target = Path(folder).absolute() / FOLDER
     try:
-        with orbax_silenced(), ocp.training.Checkpointer(Path(folder).absolute() / FOLDER) as checkpointer:
+        with orbax_silenced(), ocp.training.Checkpointer(str(target)) as checkpointer:
             checkpointer.save_checkpointables(0, {"params": params})
     except Exception:  # threads that still write fail, and log it, when the folder has been removed
         logging.getLogger("absl").addFilter(_is_not_of_orbax)
