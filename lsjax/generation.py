@@ -9,7 +9,7 @@ from lsjax.decoding.model import Model
 from lsjax.decoding.program import DecodeProgram
 from lsjax.decoding.results import GenerateResult, sequence_result
 from lsjax.decoding.session import DecodedSequence, DecodeSession
-from lsjax.decoding.stop_strings import text_so_far
+from lsjax.decoding.stop_strings import Stop, StopTokens, text_so_far
 from lsjax.decoding.strategies import AUTOREGRESSIVE, GREEDY, Sampling, Strategy
 from lsjax.tuning.cost_model import resolve_auto
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 def generate(
     model: Model,
     prompts: str | Sequence[Prompt],
-    max_new_tokens: int = 128,
+    max_new_tokens: int | Sequence[int] = 128,
     strategy: Strategy = AUTOREGRESSIVE,
     sampling: Sampling = GREEDY,
     seed: int = 0,
-    stop: str | Sequence[str] = (),
-    stop_tokens: Sequence[int] = (),
+    stop: Stop = (),
+    stop_tokens: StopTokens = (),
     batch_size: int | None = None,
 ) -> GenerateResult:
     """Continues prompts, greedily unless `sampling` says otherwise.
@@ -38,6 +38,10 @@ def generate(
     seed: seed of the draws, in 0..2^64-1.
     stop, stop_tokens: texts and token ids that end a sequence, beside the tokenizer's own stop token.
     batch_size: sequences decoded side by side; None takes all. A finished one makes room for the next prompt.
+
+    max_new_tokens, and temperature, top_k and top_p of `sampling`, may be lists with one value per prompt; stop and
+    stop_tokens, lists with one list per prompt. Prompts of different settings decode side by side in one program, and
+    other values do not recompile it. Where all temperatures are 0, nothing is drawn.
 
     A sequence's result does not depend on the others. What is drawn depends on the seed, on the prompt, and on the
     number of equal prompts before it, so n copies of a prompt give n samples.
@@ -71,12 +75,12 @@ class Piece(NamedTuple):
 def stream(
     model: Model,
     prompts: Prompt | Sequence[Prompt],
-    max_new_tokens: int = 128,
+    max_new_tokens: int | Sequence[int] = 128,
     strategy: Strategy = AUTOREGRESSIVE,
     sampling: Sampling = GREEDY,
     seed: int = 0,
-    stop: str | Sequence[str] = (),
-    stop_tokens: Sequence[int] = (),
+    stop: Stop = (),
+    stop_tokens: StopTokens = (),
 ) -> Iterator[Piece]:
     """Continues prompts like `generate`, and yields each sequence's new tokens and text after every round.
 
@@ -140,7 +144,7 @@ def _pieces(model: Model, batch: PromptBatch, program: DecodeProgram) -> Iterato
             if ended:
                 _, _, text, stats = _ended(model, batch, program, session, row, session.result(row))
             else:
-                text, stats = text_so_far(model.tokenizer, tokens, batch.stop_texts, batch.prompt(row)), None
+                text, stats = text_so_far(model.tokenizer, tokens, batch.stop_texts[row], batch.prompt(row)), None
             reason = stats["finish_reason"] if stats else None
             yield Piece(tokens[num_yielded[row] :], text[text_yielded[row] :], row, reason, stats)
             num_yielded[row], text_yielded[row] = len(tokens), len(text)

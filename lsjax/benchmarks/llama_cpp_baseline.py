@@ -153,7 +153,7 @@ class LlamaCppDecoder:
     def decode(self, batch_index: int) -> GenerateResult:
         """Decodes the prompt of one batch, and returns stats with the keys of our own."""
         batch = self.batches[batch_index]
-        tokens, first_seconds, seconds = self.server.decode(batch.prompt(0), batch.max_new_tokens)
+        tokens, first_seconds, seconds = self.server.decode(batch.prompt(0), int(batch.max_new_tokens[0]))
         return GenerateResult([tokens], [], other_library_stats(self.label, [tokens], first_seconds, seconds))
 
     def bytes_per_round(self) -> None:
@@ -162,5 +162,5 @@ class LlamaCppDecoder:
 
 def llama_cpp_decoders(model: Model, batches: list[PromptBatch]) -> list[LlamaCppDecoder]:
     """Returns the decoders that a benchmark compares with, one per type of weights."""
-    context = max(int(batch.lengths.max()) + batch.max_new_tokens for batch in batches)
+    context = max(int(batch.lengths.max() + batch.max_new_tokens.max()) for batch in batches)
     return [LlamaCppDecoder(serve_model(model, kind, context), batches) for kind in KINDS]

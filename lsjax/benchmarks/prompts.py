@@ -1,7 +1,7 @@
 """Prompts for benchmarks: from a JSONL file, or from the text that a training run held out."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -13,19 +13,33 @@ from lsjax.errors import UserError
 from lsjax.io import workdir as workdirs
 
 
+class PromptLine(NamedTuple):
+    """A line of a file of prompts. place: FILE:LINE. row: its other keys."""
+
+    prompt: str
+    place: str
+    row: dict[str, Any]
+
+
 def read_prompts(path: Path) -> list[str]:
-    """Reads a JSONL file with one prompt per line, {"prompt": TEXT}.
+    """Reads the prompts of a JSONL file, as `read_prompt_lines` does."""
+    return [line.prompt for line in read_prompt_lines(path)]
+
+
+def read_prompt_lines(path: Path) -> list[PromptLine]:
+    """Reads a JSONL file with one prompt per line, {"prompt": TEXT}, and maybe other keys.
 
     Raises UserError, with file and line, for anything else.
     """
-    prompts = []
+    lines = []
     for number, row in read_jsonl(Path(path)):
         if not row.get("prompt"):
             raise UserError(f'{path}:{number}: "prompt" must be a non-empty text')
-        prompts.append(check_text(row["prompt"], f'{path}:{number}: "prompt"'))
-    if not prompts:
+        prompt = check_text(row.pop("prompt"), f'{path}:{number}: "prompt"')
+        lines.append(PromptLine(prompt, f"{path}:{number}", row))
+    if not lines:
         raise UserError(f'{path} holds no prompts: put one {{"prompt": TEXT}} per line')
-    return prompts
+    return lines
 
 
 def held_out_prompts(workdir: Path, count: int, tokens: int) -> list[list[int]]:

@@ -99,7 +99,7 @@ class TransformersModel:
             result = self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
                 tokens,
                 attention_mask=mask,
-                max_new_tokens=batch.max_new_tokens,
+                max_new_tokens=int(batch.max_new_tokens.max()),  # one value: measurements take no other
                 do_sample=False,
                 stopping_criteria=[clock],
                 **stopping,

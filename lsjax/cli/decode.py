@@ -40,6 +40,7 @@ from lsjax.errors import UserError
 
 if TYPE_CHECKING:
     from lsjax.benchmarks.decoding import MakeDecoders
+    from lsjax.benchmarks.prompts import PromptLine
     from lsjax.decoding.batch import Prompt
     from lsjax.decoding.model import Model
     from lsjax.decoding.strategies import SelfSpeculative, Strategy
@@ -84,13 +85,26 @@ def main(arguments: Arguments) -> None:
 
     check_report(arguments.report, "runs")
     _check_combinations(arguments)
-    texts = shared.given_texts(arguments)
+    texts = [_without_settings(line) for line in shared.given_prompts(arguments)]
     model = shared.load_model(arguments)
     prompts = shared.make_prompts(arguments, model, texts) if texts else _held_out_prompts(arguments)
     if arguments.sweep:
         _write(arguments, _sweep(arguments, model, prompts))
     else:
         _compare(arguments, model, prompts)
+
+
+def _without_settings(line: "PromptLine") -> str:
+    """Returns the prompt of a line. Raises UserError when the line holds settings of its own."""
+    from lsjax.cli.requests import SETTINGS
+
+    own = [key for key in SETTINGS if key in line.row]
+    if own:
+        raise UserError(
+            f'{line.place}: "{own[0]}" is for `lsjax generate`: decode measures all prompts with the settings of its '
+            "flags"
+        )
+    return line.prompt
 
 
 def _check_combinations(arguments: Arguments) -> None:

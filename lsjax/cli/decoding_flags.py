@@ -8,11 +8,13 @@ from lsjax.cli.flags import Arguments, CommandFlags
 from lsjax.errors import UserError
 
 if TYPE_CHECKING:
+    from lsjax.benchmarks.prompts import PromptLine
     from lsjax.decoding.batch import Prompt
     from lsjax.decoding.model import Model
     from lsjax.decoding.strategies import Sampling
 
 STRATEGIES = ("autoregressive", "early_exit", "self_speculative")
+_PROMPTS_HELP = 'A .jsonl file with one {"prompt": TEXT} per line.'
 DRAFT_FLAGS = ("num_speculations", "lookup", "draft_weights", "draft_vocabulary")
 
 
@@ -32,11 +34,11 @@ def define_adapter(flags: CommandFlags) -> None:
     flags.path("adapter", None, "LoRA adapter to merge into the model: a folder of PEFT, or the workdir of a run.")
 
 
-def define_model_and_prompts(flags: CommandFlags) -> None:
+def define_model_and_prompts(flags: CommandFlags, prompts_help: str = _PROMPTS_HELP) -> None:
     """Defines --model, --adapter, --prompt, --prompts and --chat."""
     define_model(flags)
     flags.text("prompt", None, "One prompt.")
-    flags.path("prompts", None, 'A .jsonl file with one {"prompt": TEXT} per line.')
+    flags.path("prompts", None, prompts_help)
     flags.switch("chat", "Put each prompt into the model's chat template, as a user's message.")
 
 
@@ -109,15 +111,15 @@ def read_sampling(arguments: Arguments) -> "Sampling":
     return Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
 
 
-def given_texts(arguments: Arguments) -> list[str]:
-    """Returns the texts of --prompt or --prompts; none when neither is given."""
-    from lsjax.benchmarks.prompts import read_prompts
+def given_prompts(arguments: Arguments) -> "list[PromptLine]":
+    """Returns the text of --prompt or the lines of --prompts; none when neither is given."""
+    from lsjax.benchmarks.prompts import PromptLine, read_prompt_lines
 
     if arguments.prompt is not None and arguments.prompts is not None:
         raise UserError("give --prompt or --prompts, not both")
     if arguments.prompt is not None:
-        return [arguments.prompt]
-    return read_prompts(Path(arguments.prompts)) if arguments.prompts is not None else []
+        return [PromptLine(arguments.prompt, "--prompt", {})]
+    return read_prompt_lines(Path(arguments.prompts)) if arguments.prompts is not None else []
 
 
 def make_prompts(arguments: Arguments, model: "Model", texts: list[str]) -> list["Prompt"]:

@@ -12,6 +12,9 @@ text, tokens, finish_reason and stats, in --output or on standard output:
   lsjax generate --model=runs/demo --prompts=prompts.jsonl \\
     --output=texts.jsonl --batch_size=8
 
+A line may also hold settings of its own, such as {"prompt": "def",
+"temperature": 0.8, "stop": ["\\n\\n"]}. They take precedence over flags.
+
 A model that was trained for a draft exit (config.layerskip.draft_exit) decodes self-speculatively, any other model
 autoregressively. --exit_layer or --strategy chooses otherwise.
 """
@@ -27,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from lsjax.cli import decoding_flags as shared
 from lsjax.cli.flags import Arguments, CommandFlags
+from lsjax.cli.requests import SETTINGS, make_request
 from lsjax.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,13 +38,16 @@ if TYPE_CHECKING:
     from lsjax.decoding.model import Model
     from lsjax.decoding.strategies import Strategy
 
+_PROMPTS_HELP = (
+    'A .jsonl file with one {"prompt": TEXT} per line, and maybe settings of that prompt alone: ' + ", ".join(SETTINGS)
+)
 _SECONDS_BETWEEN_NOTES = 5.0
 
 
 def define_flags(flags: CommandFlags) -> None:
     """Defines the flags of this command."""
     flags.group("What to continue")
-    shared.define_model_and_prompts(flags)
+    shared.define_model_and_prompts(flags, _PROMPTS_HELP)
     flags.group("Strategy")
     flags.choice(
         "strategy",
@@ -60,8 +67,8 @@ def define_flags(flags: CommandFlags) -> None:
 
 def main(arguments: Arguments) -> None:
     """Runs the command."""
-    texts = shared.given_texts(arguments)
-    if not texts:
+    lines = shared.given_prompts(arguments)
+    if not lines:
         raise UserError("give --prompt=TEXT or --prompts=FILE.jsonl")
     if arguments.prompt is not None:
         arguments.refuse(["batch_size"], "there is one prompt")
@@ -69,11 +76,12 @@ def main(arguments: Arguments) -> None:
     strategy_name = _strategy_name(arguments)
     model = shared.load_model(arguments)
     strategy = _make_strategy(arguments, strategy_name, model.config.num_layers)
+    request, texts = make_request(arguments, lines, model.config.vocab_size), [line.prompt for line in lines]
     prompts = shared.make_prompts(arguments, model, texts)
     if arguments.prompt is not None:
-        _stream(model, prompts[0], strategy, _request(arguments), arguments.prompt, write)
+        _stream(model, prompts[0], strategy, request, arguments.prompt, write)
     else:
-        _generate_all(model, prompts, strategy, _request(arguments), texts, write or _print_line)
+        _generate_all(model, prompts, strategy, request, texts, write or _print_line)
 
 
 def _strategy_name(arguments: Arguments) -> str:
@@ -107,18 +115,6 @@ def _make_strategy(arguments: Arguments, name: str, num_layers: int) -> "Strateg
         arguments.draft_weights,
         arguments.lookup,
         draft_vocabulary=arguments.draft_vocabulary,
-    )
-
-
-def _request(arguments: Arguments) -> "GenerationConfig":
-    from lsjax.decoding.batch import GenerationConfig
-
-    return GenerationConfig(
-        max_new_tokens=arguments.max_new_tokens,
-        sampling=shared.read_sampling(arguments),
-        seed=arguments.seed,
-        stop=arguments.stop,
-        batch_size=(arguments.batch_size or 8) if arguments.prompts is not None else None,
     )
 
 

@@ -77,7 +77,7 @@ def begin(
     """Returns the state after prefill, with each sequence's first new token already emitted.
 
     first: the first new token [B]; lengths: prompt lengths [B].
-    stop_token_ids: ids that end a sequence [n]; max_new_tokens: limit of new tokens [].
+    stop_token_ids: ids that end a sequence [B, n]; max_new_tokens: limits of new tokens [B].
     buffer_size: room for new tokens per sequence; the last round may write past max_new_tokens.
     max_drafts: the most drafts of one round. prompts: prompt tokens [B, S], if drafts will be copied from the text.
     """
@@ -92,7 +92,7 @@ def begin(
         emitted=zeros + 1,
         length=lengths,
         pending=first,
-        done=jnp.isin(first, stop_token_ids) | (max_new_tokens <= 1),
+        done=_end_a_text(first[:, None], stop_token_ids)[:, 0] | (max_new_tokens <= 1),
         rounds=zeros,
         drafted_at=counts,
         accepted_at=counts,
@@ -320,7 +320,7 @@ def _commit(
     Counts as drafted and accepted only drafts whose verdict mattered, that is none past a stop token or the limit.
     """
     agreed = accepted + 1
-    is_stop = jnp.isin(block, stop_token_ids)
+    is_stop = _end_a_text(block, stop_token_ids)
     until_stop = jnp.where(jnp.any(is_stop, axis=1), jnp.argmax(is_stop, axis=1) + 1, block.shape[1] + 1)
     kept = jnp.minimum(jnp.minimum(agreed, until_stop), max_new_tokens - state.emitted)
     kept = jnp.where(state.done, 0, kept)
@@ -346,6 +346,11 @@ def _commit(
         accepted_at=state.accepted_at + (places < counted[:, None]),
         text=text,
     )
+
+
+def _end_a_text(tokens: jax.Array, stop_token_ids: jax.Array) -> jax.Array:
+    """Returns which tokens [B, n] are among their sequence's stop tokens."""
+    return jnp.any(tokens[..., None] == stop_token_ids[..., None, :], axis=-1)
 
 
 def _write_rows(rows: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ class DecodeShape(NamedTuple):
     padded_prompt_length: tokens that every prompt is padded to.
     capacity: C, cache entries per sequence.
     buffer_size: room for new tokens per sequence.
-    num_stop_tokens: length of the list of stop tokens.
+    num_stop_tokens: length of the list of stop tokens of a sequence.
     kernels: the name in kv_cache.KERNELS of what writes and reads the cache.
     cache: "auto" or "int8", the cache's numbers (lsjax.load).
     """
@@ -98,16 +98,17 @@ def lower_decoding(
     weights: arrays or jax.ShapeDtypeStruct with shardings. sampler: of arrays or of their descriptions.
     platform: "tpu", "cuda", ...; None is the platform of this process.
 
-    prefill(weights, tokens [B, padded_prompt_length], lengths [B], max_new_tokens [], stop_token_ids [n], sampler)
+    prefill(weights, tokens [B, padded_prompt_length], lengths [B], max_new_tokens [B], stop_token_ids [B, n], sampler)
       -> DecodeState
-    decode(weights, DecodeState, max_new_tokens [], stop_token_ids [n], sampler, Pause) -> DecodeState; the state's
+    decode(weights, DecodeState, max_new_tokens [B], stop_token_ids [B, n], sampler, Pause) -> DecodeState; the state's
       buffers are donated.
     """
     lower_prefill, state, shardings = _prefill_program(weights, config, strategy, shape, sampler)
     decode = functools.partial(_decode, config=config, strategy=strategy)
     int32, sampler = _int32(weights), _described(sampler, weights)
+    limits, stops = int32(shape.batch_size), int32(shape.batch_size, shape.num_stop_tokens)
     pause = jax.tree.map(lambda _: int32(), NEVER)
-    arguments = (weights, state, int32(), int32(shape.num_stop_tokens), sampler, pause)
+    arguments = (weights, state, limits, stops, sampler, pause)
     loop = jax.jit(decode, donate_argnums=1, out_shardings=shardings).trace(*arguments)
     return lower_prefill(platform), _lower(loop, platform)
 
@@ -141,8 +142,8 @@ def _prefill_program(
         weights,
         int32(shape.batch_size, shape.padded_prompt_length),
         int32(shape.batch_size),
-        int32(),
-        int32(shape.num_stop_tokens),
+        int32(shape.batch_size),
+        int32(shape.batch_size, shape.num_stop_tokens),
         _described(sampler, weights),
     )
     state = jax.eval_shape(first_token, *inputs)

@@ -34,7 +34,7 @@ class DecodeProgram:
 
     def __init__(self, config: ModelConfig, strategy: Strategy, batch: PromptBatch):
         check_strategy(strategy, config.num_layers)
-        prompt_length, new_tokens = batch.tokens.shape[1], _rounded_up(batch.max_new_tokens)
+        prompt_length, new_tokens = batch.tokens.shape[1], _rounded_up(int(batch.max_new_tokens.max()))
         self.strategy = strategy
         self.capacity = _rounded_up(prompt_length + new_tokens + strategy.tokens_per_pass)
         self._config = config
@@ -43,7 +43,7 @@ class DecodeProgram:
             padded_prompt_length=prompt_length,
             capacity=self.capacity,
             buffer_size=new_tokens + strategy.tokens_per_pass,
-            num_stop_tokens=batch.stop_token_ids.size,
+            num_stop_tokens=batch.stop_token_ids.shape[1],
         )
         self._sampler = jax.tree.map(jax.typeof, batch.sampler.take(range(batch.batch_size)))
         self._prompts_wait = batch.batch_size < len(batch.lengths)
@@ -111,7 +111,7 @@ class DecodeProgram:
         weights: as for `start`.
         """
         session = self.start(model, batch, weights)
-        session.prefill(sync=bool(batch.stop_texts))
+        session.prefill(sync=batch.has_stop_texts)
         session.run_to_end()
         return collect_result(self.strategy, str(self.kernels), model, batch, session)
 

@@ -75,8 +75,8 @@ def sequence_result(
 
 def ending(model: Model, batch: PromptBatch, index: int, tokens: list[int]) -> tuple[str, str]:
     """Returns (text, finish_reason) of the new tokens of prompt `index`, which have ended."""
-    text, stopped = final_text(model.tokenizer, tokens, batch.stop_texts, batch.prompt(index))
-    return text, "stop" if stopped or tokens[-1] in batch.stop_token_ids else "length"
+    text, stopped = final_text(model.tokenizer, tokens, batch.stop_texts[index], batch.prompt(index))
+    return text, "stop" if stopped or tokens[-1] in batch.stop_token_ids[index] else "length"
 
 
 def rates_by_position(stats: Sequence[dict[str, Any]]) -> list[float | None]:

@@ -10,7 +10,7 @@ with the same seed token for token, whatever the drafts are. A few more drafts a
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -98,8 +98,9 @@ class Greedy(NamedTuple):
 class Sampled(NamedTuple):
     """Draws from the distribution that temperature, top_k and top_p leave, applied in this order.
 
-    keys: one per sequence, uint32 [B,2]. top_k 0 and top_p 1 keep all tokens; None for both also skips the sorting.
-    The values are arrays: other values do not recompile.
+    keys: one per sequence, uint32 [B,2]. temperature, top_k, top_p: one per sequence [B], or one for all [].
+    A sequence at temperature 0 takes its likeliest token. top_k 0 and top_p 1 keep all tokens; None for both also skips
+    the sorting. The values are arrays: other values do not recompile.
     """
 
     keys: jax.Array | np.ndarray
@@ -139,7 +140,7 @@ class Sampled(NamedTuple):
         return jnp.sum(jnp.minimum(p, q), axis=-1)
 
     def take(self, rows):
-        return self._replace(keys=self.keys[np.array(rows)])
+        return jax.tree.map(lambda a: a[np.array(rows)], self)
 
     def _draw(self, log_p, index, purpose: int) -> jax.Array:
         """Draws one token per sequence from log-probabilities [B,V]."""
@@ -218,10 +219,26 @@ def filtered_log_probabilities(
 ) -> jax.Array:
     """Returns log softmax(logits / temperature) [..., V] over the tokens that top_k and then top_p keep.
 
+    temperature, top_k, top_p: the shape of the first axes of logits, or of none. Temperature 0 leaves the likeliest
+    token alone; ties go to the smallest id.
+
     top_p keeps the fewest likeliest tokens that together have at least that probability. A token as likely as the last
     kept one is kept too.
     """
-    scaled = logits.astype(jnp.float32) / temperature
+    temperature, top_k, top_p = (_over_last_axes(a, logits.ndim) for a in (temperature, top_k, top_p))
+    greedy = temperature == 0
+    log_p = _filter(logits.astype(jnp.float32) / jnp.where(greedy, 1, temperature), top_k, top_p)
+    likeliest = jnp.arange(logits.shape[-1]) == jnp.argmax(logits, axis=-1, keepdims=True)
+    return jnp.where(greedy, jnp.where(likeliest, 0.0, -jnp.inf), log_p)
+
+
+def _over_last_axes(value: Any, ndim: int) -> Any:
+    """Returns a value with axes of size 1 added at its end, so that it has `ndim` axes."""
+    return None if value is None else jnp.reshape(value, jnp.shape(value) + (1,) * (ndim - jnp.ndim(value)))
+
+
+def _filter(scaled: jax.Array, top_k: Any, top_p: Any) -> jax.Array:
+    """Returns log softmax [..., V] over the tokens that are kept, from logits over the temperature."""
     if top_k is None:
         return jax.nn.log_softmax(scaled, axis=-1)
     assert top_p is not None  # both or neither

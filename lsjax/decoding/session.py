@@ -13,10 +13,9 @@ import jax
 import numpy as np
 
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.decoding.batch import PromptBatch
+from lsjax.decoding.batch import PromptBatch, Settings
 from lsjax.decoding.forward import Weights
 from lsjax.decoding.loops import NEVER, DecodeState, Pause
-from lsjax.decoding.sampling import Sampler
 from lsjax.decoding.stop_strings import completed_at
 from lsjax.parallel.sharding import replicated_like
 
@@ -53,8 +52,6 @@ class DecodeSession:
     def __init__(self, programs: Programs, weights: Weights, batch: PromptBatch, tokenizer: Tokenizer):
         self._programs, self._weights, self._batch, self._tokenizer = programs, weights, batch, tokenizer
         self._everywhere = replicated_like(weights["embed"])
-        self._max_new_tokens = self._put(np.int32(batch.max_new_tokens))
-        self._stop_token_ids = self._put(batch.stop_token_ids)
         self._prompt_of_row = list(range(batch.batch_size))
         self._waiting = list(range(batch.batch_size, len(batch.lengths)))
         self._finished: dict[int, DecodedSequence] = {}
@@ -64,7 +61,7 @@ class DecodeSession:
     def prefill(self, sync: bool) -> None:
         """Reads the first prompts up to their first token. sync: copies the state to the host, for single rounds."""
         began = time.perf_counter()
-        self._state, self._sampler = self._first_tokens(self._programs.prefill, self._prompt_of_row)
+        self._state, self._settings = self._first_tokens(self._programs.prefill, self._prompt_of_row)
         self.prefill_seconds[self._prompt_of_row] = time.perf_counter() - began
         if sync:
             self.sync()
@@ -76,7 +73,7 @@ class DecodeSession:
         while self._waiting:
             self._run_until_fewer_than(self._batch.batch_size)
             self._refill()
-        if self._batch.stop_texts:
+        if self._batch.has_stop_texts:
             while not self.host_state.done.all():
                 self.run_round()
         else:
@@ -134,7 +131,7 @@ class DecodeSession:
 
     def _run_until_fewer_than(self, unfinished: int) -> None:
         """Runs until fewer sequences than this are unfinished; with stop strings, a single round."""
-        if self._batch.stop_texts:
+        if self._batch.has_stop_texts:
             self.run_round()
         else:
             self._call_loop(Pause(NEVER.round, unfinished))
@@ -153,24 +150,24 @@ class DecodeSession:
             self._state = jax.block_until_ready(self._programs.replace(self._state, self._put(np.int32(row)), new))
             self.prefill_seconds[prompt] = time.perf_counter() - began
         if rows:
-            self._sampler = self._put(self._batch.sampler.take(self._prompt_of_row))
+            self._settings = self._put(self._batch.settings(self._prompt_of_row))
             self.sync()
             self._end_at_stop_strings(self._without_tokens_of(rows))
 
-    def _first_tokens(self, prefill: Callable, prompts: list[int]) -> tuple[DecodeState, Sampler]:
-        """Reads some prompts. Returns (the state with their first tokens, their sampler)."""
+    def _first_tokens(self, prefill: Callable, prompts: list[int]) -> tuple[DecodeState, Settings]:
+        """Reads some prompts. Returns (the state with their first tokens, their settings)."""
         batch = self._batch
         tokens, lengths = self._put(batch.tokens[prompts]), self._put(batch.lengths[prompts])
-        sampler = self._put(batch.sampler.take(prompts))
-        state = prefill(self._weights, tokens, lengths, self._max_new_tokens, self._stop_token_ids, sampler)
-        return jax.block_until_ready(state), sampler
+        own = self._put(batch.settings(prompts))
+        state = prefill(self._weights, tokens, lengths, own.max_new_tokens, own.stop_token_ids, own.sampler)
+        return jax.block_until_ready(state), own
 
     def _call_loop(self, pause: Pause) -> None:
         """Runs the decoding loop until it finishes or pauses."""
-        pause = self._put(jax.tree.map(np.int32, pause))
+        pause, own = self._put(jax.tree.map(np.int32, pause)), self._settings
         self._state = jax.block_until_ready(
             self._programs.decode(
-                self._weights, self._state, self._max_new_tokens, self._stop_token_ids, self._sampler, pause
+                self._weights, self._state, own.max_new_tokens, own.stop_token_ids, own.sampler, pause
             )
         )
 
@@ -189,12 +186,14 @@ class DecodeSession:
 
     def _end_at_stop_strings(self, before: DecodeState) -> None:
         """Ends the sequences whose tokens since `before` complete a stop string."""
-        if not self._batch.stop_texts:
+        if not self._batch.has_stop_texts:
             return
         ended = False
         for row in np.flatnonzero(self.host_state.emitted > before.emitted).tolist():
-            prompt = self._batch.prompt(self._prompt_of_row[row])
-            known, stops = int(before.emitted[row]), self._batch.stop_texts
+            index, known = self._prompt_of_row[row], int(before.emitted[row])
+            if not self._batch.stop_texts[index]:
+                continue
+            stops, prompt = self._batch.stop_texts[index], self._batch.prompt(index)
             end = completed_at(self._tokenizer, self.tokens(row), known, stops, prompt)
             if end is not None:
                 self._end_sequence(before, row, end)

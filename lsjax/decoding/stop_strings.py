@@ -6,41 +6,64 @@ string begins or ends. The text is cut just before the string.
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from lsjax.data.tokenizer import Tokenizer, check_text
+from lsjax.decoding.per_prompt import is_list_per_prompt, named_values, one_per_prompt
 from lsjax.errors import UserError, shown
 
+Stop = str | Sequence[str | Sequence[str]]
+StopTokens = Sequence[int | Sequence[int]]
 
-def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+
+def check_stop(stop: Stop, name: str = "stop") -> tuple[str, ...]:
     """Returns one or several stop strings as a tuple. Raises UserError for an empty text or anything but text."""
     is_list = isinstance(stop, Sequence) and not isinstance(stop, str | bytes | bytearray | memoryview | range)
     stops: tuple[Any, ...] = tuple(stop) if is_list else (stop,)
     wrong = [s for s in stops if not isinstance(s, str) or not s]
     if wrong:
-        raise UserError(f"stop must be non-empty texts, got {shown(wrong[0])} (token ids go into stop_tokens)")
+        raise UserError(f"{name} must be non-empty texts, got {shown(wrong[0])} (token ids go into stop_tokens)")
     for text in stops:
-        check_text(text, "stop")
+        check_text(text, name)
     return stops
 
 
-def check_stop_tokens(stop_tokens: Sequence[int], vocab_size: int) -> list[int]:
+def check_stops(stop: Stop) -> None:
+    """Raises UserError unless stop strings are those of all prompts, or a list per prompt of its own."""
+    for name, value in named_values("stop", stop) if is_list_per_prompt(stop) else [("stop", stop)]:
+        check_stop(value, name)
+
+
+def stop_strings_of_prompts(stop: Stop, count: int) -> list[tuple[str, ...]]:
+    """Returns the stop strings of each prompt. Raises UserError when they belong to another number of prompts."""
+    return [check_stop(value) for value in one_per_prompt("stop", stop, count, is_list=True)]
+
+
+def stop_tokens_of_prompts(stop_tokens: StopTokens, count: int, vocab_size: int) -> list[list[int]]:
+    """Returns the stop tokens of each prompt. Raises UserError for anything but ids of the vocabulary."""
+    if not is_list_per_prompt(stop_tokens):
+        return [check_stop_tokens(stop_tokens, vocab_size)] * count
+    parts = one_per_prompt("stop_tokens", stop_tokens, count, is_list=True)
+    return [check_stop_tokens(part, vocab_size, f"stop_tokens[{index}]") for index, part in enumerate(parts)]
+
+
+def check_stop_tokens(stop_tokens: StopTokens, vocab_size: int, name: str = "stop_tokens") -> list[int]:
     """Returns stop tokens as a list of ids. Raises UserError for anything but ids of the vocabulary."""
     try:
         if isinstance(stop_tokens, str | bytes | bytearray | dict) or not hasattr(stop_tokens, "__len__"):
             raise TypeError
         if len(stop_tokens) > vocab_size:
-            raise UserError(f"stop_tokens has {len(stop_tokens)} entries, but the vocabulary {vocab_size}")
+            raise UserError(f"{name} has {len(stop_tokens)} entries, but the vocabulary {vocab_size}")
         if any(isinstance(token, bool | np.bool_) for token in stop_tokens):
             raise TypeError
-        ids = [operator.index(token) for token in stop_tokens]
+        ids = [operator.index(cast(int, token)) for token in stop_tokens]
     except TypeError:
-        raise UserError(f"stop_tokens must be token ids, got {shown(stop_tokens)} (texts go into stop)") from None
+        raise UserError(f"{name} must be token ids, got {shown(stop_tokens)} (texts go into stop)") from None
     wrong = [token for token in ids if not 0 <= token < vocab_size]
     if wrong:
-        raise UserError(f"stop_tokens holds {shown(wrong[0])}, outside the vocabulary 0..{vocab_size - 1}")
+        raise UserError(f"{name} holds {shown(wrong[0])}, outside the vocabulary 0..{vocab_size - 1}")
     return ids
 
 

@@ -6,9 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast
 
+from lsjax.decoding.per_prompt import freeze, is_per_prompt, named_values
 from lsjax.errors import UserError, shown
 
 MAX_SPECULATIONS = 64
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p")
 AUTO = "auto"
 INT8 = "int8"
 _LEAST_TOP_P = 1e-30  # much smaller ones round to 0 in float32, which keeps no token
@@ -110,17 +112,22 @@ class Sampling:
     """Says how tokens are drawn.
 
     temperature 0 takes the likeliest token. Otherwise tokens are drawn from what temperature, top_k (0: all tokens) and
-    top_p leave, applied in this order, to drafts and verification alike.
+    top_p leave, applied in this order, to drafts and verification alike. Each of the three is one value, or a list with
+    one value per prompt.
 
     coupled: draft and verifier draw with the same noise, so that self-speculation gives the tokens of autoregressive
     sampling with the same seed, where otherwise it gives the same distribution. It keeps a few drafts fewer. Decoding
     without drafts is the same with and without.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float | Sequence[float] = 0.0
+    top_k: int | Sequence[int] = 0
+    top_p: float | Sequence[float] = 1.0
     coupled: bool = False
+
+    def __post_init__(self):
+        for name in SAMPLING_SETTINGS:
+            object.__setattr__(self, name, freeze(getattr(self, name)))
 
 
 Strategy = Autoregressive | EarlyExit | SelfSpeculative
@@ -219,22 +226,53 @@ def check_sampling(sampling: Sampling) -> None:
     """Raises UserError when a setting is out of range or would have no effect."""
     if not isinstance(sampling, Sampling):  # the class itself has all the attributes, too
         raise UserError(f"sampling must be Sampling(...), got {shown(sampling)}")
-    for name, kind in (("temperature", numbers.Real), ("top_k", numbers.Integral), ("top_p", numbers.Real)):
-        value = getattr(sampling, name, None)
-        if isinstance(value, bool) or not isinstance(value, kind):
-            wanted = "a whole number" if kind is numbers.Integral else "a number"
-            raise UserError(f"{name} must be {wanted}, got {shown(value)}")
+    for setting, check in zip(SAMPLING_SETTINGS, (_check_temperature, _check_top_k, _check_top_p), strict=True):
+        for name, value in named_values(setting, getattr(sampling, setting)):
+            check(name, value)
     if not isinstance(sampling.coupled, bool):
         raise UserError(f"coupled must be True or False, got {shown(sampling.coupled)}")
-    s = sampling
-    if not (s.temperature == 0 or _LEAST_TEMPERATURE <= s.temperature <= _LARGEST_TEMPERATURE):
+    _check_filters_have_effect(sampling)
+
+
+def _check_number(name: str, value: Any, kind: type) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        wanted = "a whole number" if kind is numbers.Integral else "a number"
+        raise UserError(f"{name} must be {wanted}, got {shown(value)}")
+
+
+def _check_temperature(name: str, value: Any) -> None:
+    _check_number(name, value, numbers.Real)
+    if not (value == 0 or _LEAST_TEMPERATURE <= value <= _LARGEST_TEMPERATURE):
         raise UserError(
-            f"temperature must be 0 (greedy) or in {_LEAST_TEMPERATURE}..{_LARGEST_TEMPERATURE}, "
-            f"got {shown(s.temperature)}"
+            f"{name} must be 0 (greedy) or in {_LEAST_TEMPERATURE}..{_LARGEST_TEMPERATURE}, got {shown(value)}"
         )
-    if s.top_k < 0:
-        raise UserError(f"top_k must be 0 (all tokens) or positive, got {shown(s.top_k)}")
-    if not _LEAST_TOP_P <= s.top_p <= 1:
-        raise UserError(f"top_p must be at least {_LEAST_TOP_P} and at most 1, got {shown(s.top_p)}")
-    if s.temperature == 0 and (s.top_k or s.top_p < 1):
-        raise UserError("top_k and top_p need a temperature above 0: at 0 decoding is greedy")
+
+
+def _check_top_k(name: str, value: Any) -> None:
+    _check_number(name, value, numbers.Integral)
+    if value < 0:
+        raise UserError(f"{name} must be 0 (all tokens) or positive, got {shown(value)}")
+
+
+def _check_top_p(name: str, value: Any) -> None:
+    _check_number(name, value, numbers.Real)
+    if not _LEAST_TOP_P <= value <= 1:
+        raise UserError(f"{name} must be at least {_LEAST_TOP_P} and at most 1, got {shown(value)}")
+
+
+def _check_filters_have_effect(sampling: Sampling) -> None:
+    """Raises UserError for a top_k or top_p of greedy decoding.
+
+    One value for all prompts need not have an effect on each of them.
+    """
+    greedy = [value == 0 for _, value in named_values("temperature", sampling.temperature)]
+    for setting, all_tokens in (("top_k", 0), ("top_p", 1)):
+        value = getattr(sampling, setting)
+        filters = [part != all_tokens for _, part in named_values(setting, value)]
+        if all(greedy) and any(filters):
+            raise UserError("top_k and top_p need a temperature above 0: at 0 decoding is greedy")
+        if is_per_prompt(sampling.temperature) and is_per_prompt(value):
+            # Lists of another length than the prompts are refused later, with the prompts at hand.
+            for index, (is_greedy, has_filter) in enumerate(zip(greedy, filters, strict=False)):
+                if is_greedy and has_filter:
+                    raise UserError(f"{setting}[{index}] needs temperature[{index}] above 0: at 0 decoding is greedy")

@@ -174,16 +174,15 @@ def _prepare(
         windows = held_out_windows(model, task)
         chosen = sorted(generator.permutation(len(windows))[: config.num_examples].tolist())
         return _Windows(name, [windows[index] for index in chosen], config.seed)
-    request = GenerationConfig(
-        max_new_tokens=config.max_new_tokens or task.max_new_tokens, stop=task.stop, batch_size=config.batch_size
-    )
+    new_tokens = config.max_new_tokens or task.max_new_tokens
+    request = GenerationConfig(new_tokens, stop=task.stop, batch_size=config.batch_size)
     examples = task.examples()
     order = generator.permutation(len(examples)).tolist()
-    chosen, too_long = _choose(model, examples, order, config.num_examples, request.max_new_tokens)
+    chosen, too_long = _choose(model, examples, order, config.num_examples, new_tokens)
     if not chosen:
         raise UserError(
             f"{name}: no example fits into the model's context of {model.config.context_length} tokens with "
-            f"{request.max_new_tokens} new ones: lower --max_new_tokens or --num_shots"
+            f"{new_tokens} new ones: lower --max_new_tokens or --num_shots"
         )
     if too_long:
         note(f"{name}: left out {too_long} example(s) that are too long for the model's context")

@@ -37,7 +37,8 @@ def draft_acceptance(
     float32 [M,L,B,count]; greedily 0 or 1.
 
     tokens: prompts with their continuations, right-padded [B,S]. prompt_lengths: [B]. count: new tokens to look at.
-    dtype: the compute dtype. vocabularies: the tokens that drafts choose among, bool [M,V].
+    sampler: with a value per sequence of each of its arrays. dtype: the compute dtype.
+    vocabularies: the tokens that drafts choose among, bool [M,V].
     int8_cache: rounds keys and values as an int8 cache does. exit_adapter: drafts of its exit go through it.
     """
     params, exit_adapter = cast(params, dtype), cast(exit_adapter, dtype)
@@ -54,7 +55,8 @@ def draft_acceptance(
         index = exit_adapter.exit_layer - 1
         states = states.at[index].set(exit_adapter.apply(states[index]))
 
-    def of_row(states):
+    def of_row(row):
+        states, sampler = row
         logits = exit_logits(params, states[-1], config)
 
         def of_exit(x):
@@ -66,7 +68,7 @@ def draft_acceptance(
         return jax.lax.map(of_exit, states)
 
     # The logits of one exit of one sequence exist at a time.
-    return jnp.transpose(jax.lax.map(of_row, states.swapaxes(0, 1)), (2, 1, 0, 3))
+    return jnp.transpose(jax.lax.map(of_row, (states.swapaxes(0, 1), sampler)), (2, 1, 0, 3))
 
 
 def _rounded_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

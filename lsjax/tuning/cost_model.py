@@ -244,7 +244,7 @@ def read_with_vocabularies(
     draft_vocabularies: Sequence[Vocabulary],
 ) -> list[DecodedBatch]:
     """Returns what `read_decoded` does for drafts of each vocabulary, from the same single pass."""
-    count = min(batch.max_new_tokens, _SAMPLE_TOKENS)
+    count = min(int(batch.max_new_tokens.max()), _SAMPLE_TOKENS)
     texts = np.zeros((batch.tokens.shape[0], batch.tokens.shape[1] + count), np.int32)
     texts[:, : batch.tokens.shape[1]] = batch.tokens
     for row, (start, new) in enumerate(zip(batch.lengths, new_tokens, strict=True)):
@@ -350,4 +350,4 @@ def _compiled(model: Model, strategy: Strategy, batch: PromptBatch):
 
 
 def _run(model: Model, program, batch: PromptBatch, tokens: int):
-    return program.run(model, batch._replace(max_new_tokens=min(batch.max_new_tokens, tokens)))
+    return program.run(model, batch._replace(max_new_tokens=np.minimum(batch.max_new_tokens, tokens)))

@@ -96,6 +96,67 @@ def test_samples_are_those_of_the_seed(model, prompts):
     assert sorted(record["text"] for record in read_lines(out)) == sorted(expected.text)
 
 
+def test_lines_may_hold_settings_of_their_own(model, tmp_path):
+    path, sampling = tmp_path / "prompts.jsonl", ["--temperature=0.7", "--top_k=20", "--seed=5", "--max_new_tokens=8"]
+    lines = [
+        {"prompt": "the cat"},
+        {"prompt": "a", "temperature": 0, "id": 7},
+        {"prompt": "on the mat", "temperature": 1.2, "top_k": 0, "top_p": 0.9, "max_new_tokens": 3},
+        {"prompt": "it is", "stop": "e", "stop_tokens": [9], "max_new_tokens": 12},
+        {"prompt": "it was", "stop": []},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, out, err = run(f"--model={MODEL}", f"--prompts={path}", *sampling, "--batch_size=2", "--stop=q")
+    assert status == 0, err
+    expected = lsjax.generate(
+        model,
+        [line["prompt"] for line in lines],
+        [8, 8, 3, 12, 8],
+        sampling=lsjax.Sampling([0.7, 0, 1.2, 0.7, 0.7], [20, 0, 0, 20, 20], [1, 1, 0.9, 1, 1]),
+        seed=5,
+        stop=[["q"], ["q"], ["q"], ["e"], []],
+        stop_tokens=[[], [], [], [9], []],
+    )
+    records = {record["prompt"]: record for record in map(json.loads, out.splitlines())}
+    for index, line in enumerate(lines):
+        assert records[line["prompt"]]["tokens"] == expected.tokens[index]
+        assert records[line["prompt"]]["text"] == expected.text[index]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"temperature": -1}, "temperature must be 0 (greedy) or in 1e-06..1e+30, got -1"),
+        ({"temperature": [0.5]}, "temperature must be a number, got [0.5]"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"top_k": 3}, "top_k and top_p need a temperature above 0"),
+        ({"temperature": 1, "top_p": "0.5"}, "top_p must be a number, got '0.5'"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": [4]}, "max_new_tokens must be a whole number, got [4]"),
+        ({"stop": [["a"]]}, "stop must be non-empty texts, got ['a']"),
+        ({"stop_tokens": [[1]]}, "stop_tokens must be token ids, got [[1]]"),
+        ({"stop_tokens": [10**6]}, "stop_tokens holds 1000000, outside the vocabulary"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_line(tmp_path, own, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a"}) + "\n\n" + json.dumps({"prompt": "b"} | own) + "\n")
+    status, out, err = run(f"--model={MODEL}", f"--prompts={path}", f"--output={tmp_path}/out.jsonl")
+    assert (status, out) == (2, ""), err
+    assert f"{path}:3: {message}" in err
+    assert err.count("\n") == 1
+    assert [found.name for found in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_the_benchmark_refuses_settings_of_a_line(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "b", "temperature": 1}) + "\n")
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        assert main(["decode", f"--model={MODEL}", f"--prompts={path}"]) == 2
+    assert f'{path}:1: "temperature" is for `lsjax generate`' in err.getvalue()
+
+
 def test_a_terminal_that_is_not_utf_8_gets_replacement_signs():
     status, out, err = run(f"--model={MODEL}", "--prompt=é", "--max_new_tokens=20", encoding="ascii")
     assert (status, err) == (0, ""), err

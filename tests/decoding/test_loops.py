@@ -22,7 +22,7 @@ from lsjax.decoding.strategies import Autoregressive, EarlyExit, SelfSpeculative
 from lsjax.generation import generate
 from lsjax.model.transformer import forward, hidden_states
 from pallas_kernels.kv_cache import reference as kv_cache
-from tests.helpers.prompts import NEW, PROMPTS, NoTokenizer
+from tests.helpers.prompts import NEW, PROMPTS, NoTokenizer, bare_batch
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_new_lengths_limits_and_prompts_do_not_recompile(model):
 def test_the_loop_updates_its_cache_in_place(varied, varied_params, strategy):
     """The donated cache is aliased byte for byte, and temporaries are far below one more cache."""
     config = dataclasses.replace(varied, context_length=4096)
-    batch = PromptBatch(np.ones((2, 2048), np.int32), np.array([2048, 9], np.int32), 64, np.array([-1], np.int32))
+    batch = bare_batch(np.ones((2, 2048), np.int32), np.array([2048, 9], np.int32), 64)
     program = DecodeProgram(config, strategy, batch)
     program.compile(decoder_weights(varied_params, jnp.float32))
     memory = program._programs.decode.memory_analysis()

@@ -9,7 +9,6 @@ import pytest
 
 import lsjax
 from lsjax.config import ModelConfig
-from lsjax.decoding.batch import PromptBatch
 from lsjax.decoding.forward import decoder_weights
 from lsjax.decoding.model import Model
 from lsjax.decoding.program import DecodeProgram
@@ -19,7 +18,7 @@ from lsjax.decoding.sampling import Greedy, Sampled
 from lsjax.decoding.strategies import Sampling, SelfSpeculative
 from lsjax.errors import UserError
 from tests.conftest import random_params
-from tests.helpers.prompts import NoTokenizer
+from tests.helpers.prompts import NoTokenizer, bare_batch
 
 
 class Settled(NoTokenizer):
@@ -155,7 +154,7 @@ def test_other_prompts_do_not_recompile_and_the_cache_stays_in_place(model):
     lsjax.generate(model, [[5] * 15], 33, strategy)
     assert PROGRAM_CACHE.misses == before
     config = dataclasses.replace(CONFIG, context_length=4096)
-    batch = PromptBatch(np.ones((2, 2048), np.int32), np.array([2048, 9], np.int32), 64, np.array([-1], np.int32))
+    batch = bare_batch(np.ones((2, 2048), np.int32), np.array([2048, 9], np.int32), 64)
     program = DecodeProgram(config, strategy, batch)
     program.compile(decoder_weights(model.params, jnp.float32))
     memory = program._programs.decode.memory_analysis()

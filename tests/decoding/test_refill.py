@@ -7,12 +7,12 @@ import pytest
 import lsjax
 from lsjax.data.tokenizer import train_tokenizer
 from lsjax.decoding import program as module
-from lsjax.decoding.batch import PromptBatch
 from lsjax.decoding.forward import decoder_weights
 from lsjax.decoding.model import Model
 from lsjax.decoding.program import DecodeProgram
 from lsjax.errors import UserError
 from lsjax.tuning.acceptance import batch_rounds
+from tests.helpers.prompts import bare_batch
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +107,7 @@ def test_other_prompts_do_not_recompile(model):
 
 def test_a_row_is_replaced_in_place(varied, varied_params):
     tokens, lengths = np.ones((5, 2048), np.int32), np.full(5, 9, np.int32)
-    batch = PromptBatch(tokens, lengths, 64, np.array([-1], np.int32), max_batch_size=4)
+    batch = bare_batch(tokens, lengths, 64, max_batch_size=4)
     program = DecodeProgram(varied, lsjax.SelfSpeculative(2, 3), batch)
     program.compile(decoder_weights(varied_params, jax.numpy.float32))
     memory = program._programs.replace.memory_analysis()

@@ -66,6 +66,18 @@ def real(least: float, most: float) -> Callable[[Any], float]:
     return meaning
 
 
+def each(meaning: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Returns what also accepts a list with one value per prompt, for one prompt."""
+
+    def of_list(value: Any) -> Any:
+        is_list = isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1
+        if not is_list or len(value) != 1:
+            raise NotGood
+        return meaning(value.tolist()[0] if hasattr(value, "tolist") else value[0])
+
+    return either(meaning, of_list)
+
+
 def one_of(*choices: Any) -> Callable[[Any], Any]:
     """Returns what accepts some values and nothing else."""
 
@@ -131,18 +143,18 @@ def either(*meanings: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 GENERATE: dict[str, Callable[[Any], Any]] = {
     "prompts": prompts_of,
-    "max_new_tokens": whole(1, 100),
+    "max_new_tokens": each(whole(1, 100)),
     "strategy": never,
     "sampling": never,
     "seed": whole(0, 2**64 - 1),
     "stop": texts_of,
-    "stop_tokens": ids_of,
+    "stop_tokens": each(ids_of),
     "batch_size": either(is_none, whole(1)),
 }
 SAMPLING = {
-    "temperature": real(1e-6, 3e38),
-    "top_k": whole(0),
-    "top_p": real(1e-30, 1.0),
+    "temperature": each(real(1e-6, 3e38)),
+    "top_k": each(whole(0)),
+    "top_p": each(real(1e-30, 1.0)),
     "coupled": one_of(False, True),
 }
 EARLY_EXIT = {"exit_layer": whole(1, 3)}

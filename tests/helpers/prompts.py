@@ -1,7 +1,18 @@
 """Prompts of token ids for small random models, and a tokenizer for models that have none."""
 
+import numpy as np
+
+from lsjax.decoding.batch import PromptBatch
+
 PROMPTS = [[5, 9, 2], [7] * 17, [300, 1, 14, 15, 92, 6, 53]]
 NEW = 24
+
+
+def bare_batch(tokens: np.ndarray, lengths: np.ndarray, max_new_tokens: int, **more) -> PromptBatch:
+    """Returns a batch of padded prompts that nothing but their limit ends."""
+    count = len(lengths)
+    limits, stop_token_ids = np.full(count, max_new_tokens, np.int32), np.full((count, 1), -1, np.int32)
+    return PromptBatch(tokens, lengths, limits, stop_token_ids, ((),) * count, **more)
 
 
 class NoTokenizer:

@@ -203,7 +203,7 @@ def test_decoding_by_either_gives_the_same_tokens(platform, strategy, cache):
     def decoded(name):
         shape = DecodeShape(2, 16, 64, 16, 1, name, cache)
         prefill, loop = (p.compile() for p in lower_decoding(weights, config, strategy, shape))
-        limit, stop, pause = jnp.int32(8), jnp.array([-1]), Pause(jnp.int32(100), jnp.int32(1))
+        limit, stop, pause = jnp.full(2, 8), jnp.full((2, 1), -1), Pause(jnp.int32(100), jnp.int32(1))
         state = prefill(weights, tokens, lengths, limit, stop, Greedy())
         return jax.tree.map(np.array, loop(weights, state, limit, stop, Greedy(), pause)._replace(cache=()))
 

@@ -114,7 +114,7 @@ def test_decoding_on_two_devices_gives_the_tokens_of_one(platform, strategy, num
         shape = DecodeShape(2, 16, 64, 16, 1, name, numbers)
         layout = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
         prefill, loop = (p.compile() for p in lower_decoding(layout, CONFIG, strategy, shape))
-        limit, stop, pause = np.int32(8), np.array([-1], np.int32), Pause(np.int32(100), np.int32(1))
+        limit, stop, pause = np.full(2, 8, np.int32), np.full((2, 1), -1, np.int32), Pause(np.int32(100), np.int32(1))
         state = prefill(weights, tokens, lengths, limit, stop, Greedy())
         assert {type(cache) is SplitCache for cache in state.cache} == {name != "plain"}
         return jax.tree.map(np.array, loop(weights, state, limit, stop, Greedy(), pause)._replace(cache=()))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.decoding.batch import PromptBatch
 from lsjax.decoding.forward import decoder_weights, init_cache, prefill
 from lsjax.decoding.program import DecodeProgram
 from lsjax.decoding.strategies import SelfSpeculative
@@ -15,6 +14,7 @@ from lsjax.model.matmul import matmul
 from lsjax.model.weight_layout import LeftOperand, OutputMajor, outputs_first
 from tests.conftest import VARIED
 from tests.helpers.numpy_llama import hidden_states, logits
+from tests.helpers.prompts import bare_batch
 
 
 @pytest.mark.parametrize("layout", [OutputMajor, LeftOperand])
@@ -32,7 +32,7 @@ def test_a_product_equals_the_formula(layout, tokens, inputs, outputs):
 def test_the_loop_multiplies_and_updates_in_place(varied_params):
     """Checks that in the compiled loop weights are left operands, and that neither weights nor cache are copied."""
     config = dataclasses.replace(VARIED, context_length=4096)
-    batch = PromptBatch(np.ones((1, 2048), np.int32), np.array([2048], np.int32), 64, np.array([-1], np.int32))
+    batch = bare_batch(np.ones((1, 2048), np.int32), np.array([2048], np.int32), 64)
     program = DecodeProgram(config, SelfSpeculative(2, 4), batch)
     program.compile(decoder_weights(varied_params, jnp.float32, for_cpu=True))
     results = {
