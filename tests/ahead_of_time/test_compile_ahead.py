@@ -196,14 +196,14 @@ def test_a_decoding_loop_holds_weights_and_caches_once(strategy):
 
 
 ADAPTER = {"exit_adapter": "linear", "draft_exit": 2, "dropout_max_rate": 0.0, "exit_curriculum": "none"}
-LORA = {"lora_rank": 8, "lora_targets": "layers,lm_head"}
+LORA = {"lora_rank": 8, "lora_targets": "layers"}
 
 
 def small(**sections):
     """Returns a run of four narrow layers on eight devices; no matrix of the model has the shape of an adapter's."""
     shape = {"width": 512, "num_heads": 4, "num_kv_heads": 4, "feed_forward_width": 1024, "vocab_size": 4096}
     sections.setdefault("layerskip", {"exit_curriculum": "none", "dropout_max_rate": 0.0})
-    training = {"batch_size": 8, "sequence_length": 512, "gradient_accumulation": 1} | sections.pop("training", {})
+    training = {"batch_size": 8, "sequence_length": 64, "gradient_accumulation": 1} | sections.pop("training", {})
     return shallow(model={"num_layers": 4} | shape, mesh={"data": 1, "fsdp": -1}, training=training, **sections)
 
 
