@@ -150,7 +150,7 @@ def interrupted_at_start(config, workdir):
     from lsjax.training import loop
 
     def check_and_interrupt(*_):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         time.sleep(5)
 
     original, loop.check_free = loop.check_free, check_and_interrupt
