@@ -26,9 +26,9 @@ def test_the_python_examples_of_readme_and_of_the_decoding_page_run(demo, capsys
     assert capsys.readouterr().out
 
     page = (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names: dict = {}
-    exec(example, names)
+    for example in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(example, names)
     assert names["logits"].shape == (1, len(names["tokens"][0]), 320)
     assert names["states"].shape == (4, 1, len(names["tokens"][0]), 32)
     assert capsys.readouterr().out
