@@ -106,7 +106,8 @@ def test_stops_are_those_of_the_prompt(model, strategy):
     prompts = [many[row] for row in long[:4]]
     plain = lsjax.generate(model, prompts, 20)
     text, token = plain.text[0][4:6], plain.tokens[1][5]
-    stop, stop_tokens = [[text], [], [plain.text[2][9:11], "never in it"], []], [[], [token], [plain.tokens[2][2]], []]
+    unused = next(t for t in range(3, 320) if t not in plain.tokens[2])
+    stop, stop_tokens = [[text], [], [plain.text[2][9:11], "never in it"], []], [[], [token], [unused], []]
     found = lsjax.generate(model, prompts, 20, strategy, stop=stop, stop_tokens=stop_tokens)
     for row, prompt in enumerate(prompts):
         own = {"stop": stop[row], "stop_tokens": stop_tokens[row]}
