@@ -3,21 +3,18 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import lsjax
 from tests.conftest import process_environment
+from tests.helpers.processes import DEVICES, TRAIN, assert_same_run, finish, start
 
 ROOT = Path(__file__).parent.parent.parent
-DEVICES = 8
-
 CONFIG = """
 from lsjax.config import default_config
 
@@ -43,53 +40,11 @@ def config(text_folder, tmp_path_factory):
     return path
 
 
-TRAIN = ROOT / "launch" / "train.py"
-
-
-def start(config: Path, workdir: Path, processes: int, *flags, own_flags=None, script=TRAIN) -> list[subprocess.Popen]:
-    """Starts launch/train.py (or another script) as several processes that share DEVICES devices."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    together = [f"--coordinator=localhost:{port}", f"--num_processes={processes}"] if processes > 1 else []
-    environment = process_environment(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(DEVICES // processes))
-    started = []
-    for rank in range(processes):
-        command = [sys.executable, script, f"--config={config}", f"--workdir={workdir}", *flags]
-        command += [*together, *([f"--process_id={rank}"] if together else []), *((own_flags or {}).get(rank, []))]
-        started.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    return started
-
-
-def finish(processes: list[subprocess.Popen], timeout=300) -> list[tuple[int, str, str]]:
-    """Returns (exit status, standard output, standard error) of each process; leaves none running."""
-    deadline = time.monotonic() + timeout
-    try:
-        results = []
-        for process in processes:
-            out, err = process.communicate(timeout=max(1, deadline - time.monotonic()))
-            results.append((process.returncode, out, err))
-        return results
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def records(workdir: Path) -> list[dict]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
         {key: line[key] for key in ("step", "loss", "final_loss", "exit_losses", "gradient_norm")} for line in lines
     ]
-
-
-def assert_same_run(ours: list[dict], theirs: list[dict], relative=1e-4) -> None:
-    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
-    for a, b in zip(ours, theirs, strict=True):
-        assert a["exit_losses"].keys() == b["exit_losses"].keys()
-        np.testing.assert_allclose(list(a["exit_losses"].values()), list(b["exit_losses"].values()), rtol=relative)
-        np.testing.assert_allclose((a["loss"], a["gradient_norm"]), (b["loss"], b["gradient_norm"]), rtol=10 * relative)
 
 
 @pytest.fixture(scope="module")
