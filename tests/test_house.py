@@ -9,8 +9,9 @@ FILES = sorted([*ROOT.glob("lsjax/**/*.py"), *ROOT.glob("pallas_kernels/**/*.py"
 # From the ground up. A package imports from itself and from the floors below it, never from its own floor's others.
 FLOORS = (
     {"lsjax.errors", "lsjax.notebook"},
+    {"lsjax.buckets"},
     {"lsjax.files", "lsjax.checks"},
-    {"lsjax.config_checks"},
+    {"lsjax.scratch", "lsjax.config_checks"},
     {"lsjax.config"},
     {"pallas_kernels", "lsjax.parallel", "lsjax.data"},
     {"lsjax.model"},

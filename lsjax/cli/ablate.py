@@ -10,8 +10,6 @@ time, early exits, acceptance, tokens per round, speed-up) and leaves ablation.p
 in lsjax/experiments/ablation/recipes.py.
 """
 
-from pathlib import Path
-
 from lsjax.cli.flags import Arguments, CommandFlags
 
 
@@ -29,5 +27,5 @@ def main(arguments: Arguments) -> int:
     from lsjax.experiments.ablation.ablate import ablate
 
     seeds = arguments.integers("seeds")
-    interrupted = ablate(arguments.read_config(), Path(arguments.workdir), arguments.recipes, seeds)
+    interrupted = ablate(arguments.read_config(), arguments.workdir, arguments.recipes, seeds)
     return 128 + interrupted if interrupted else 0

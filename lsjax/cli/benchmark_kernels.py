@@ -14,7 +14,6 @@ bandwidth of --chip. The default sizes are Llama 3 8B's.
 
 import itertools
 import json
-from pathlib import Path
 
 from lsjax.cli.flags import Arguments, CommandFlags
 
@@ -49,7 +48,7 @@ def define_flags(flags: CommandFlags) -> None:
 def main(arguments: Arguments) -> None:
     """Runs the command."""
     from lsjax.benchmarks.kernels import KernelCase, benchmark_kernels
-    from lsjax.files import check_report, write_atomically
+    from lsjax.files import check_report, path_of, write_atomically
     from lsjax.reports.tables import kernel_table, print_table
 
     check_report(arguments.report, "runs")
@@ -72,5 +71,5 @@ def main(arguments: Arguments) -> None:
     if not report["measured"]:
         print(f"no accelerator here: nothing was measured; bytes, and their time at the bandwidth of {report['chip']}")
     if arguments.report:
-        write_atomically(Path(arguments.report), json.dumps(report, indent=2))
+        write_atomically(path_of(arguments.report), json.dumps(report, indent=2))
         print(f"report: {arguments.report}")

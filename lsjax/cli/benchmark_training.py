@@ -16,7 +16,6 @@ which training then magnifies.
 """
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsjax.cli.flags import Arguments, CommandFlags
@@ -42,7 +41,7 @@ def define_flags(flags: CommandFlags) -> None:
 def main(arguments: Arguments) -> None:
     """Runs the command."""
     from lsjax.benchmarks.training import benchmark_training
-    from lsjax.files import check_report, write_atomically
+    from lsjax.files import check_report, path_of, write_atomically
     from lsjax.reports.tables import print_table, training_table
 
     config = arguments.read_config()
@@ -57,7 +56,7 @@ def main(arguments: Arguments) -> None:
     report = benchmark_training(config, arguments.steps, arguments.warmup, baselines=make_baselines, note=print)
     print_table(training_table(report))
     if arguments.report:
-        write_atomically(Path(arguments.report), json.dumps(report, indent=2))
+        write_atomically(path_of(arguments.report), json.dumps(report, indent=2))
         print(f"report: {arguments.report}")
 
 

@@ -19,7 +19,6 @@ install 'lsjax[ahead]'.
 """
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsjax.cli.flags import Arguments, CommandFlags
@@ -64,7 +63,7 @@ def main(arguments: Arguments) -> int:
     """Runs the command. Returns 1 when a program does not fit."""
     from lsjax.aot import compile_only
     from lsjax.costs.hardware import parse_topology
-    from lsjax.files import check_report, write_atomically
+    from lsjax.files import check_report, path_of, write_atomically
 
     config, topology = arguments.read_config(), parse_topology(arguments.topology)
     if arguments.search and arguments.program != "train":
@@ -78,7 +77,7 @@ def main(arguments: Arguments) -> int:
         _print_report(report)
     if arguments.report:
         write_atomically(
-            Path(arguments.report), json.dumps({"config": config.to_dict(), "programs": reports}, indent=2)
+            path_of(arguments.report), json.dumps({"config": config.to_dict(), "programs": reports}, indent=2)
         )
         print(f"report: {arguments.report}")
     return 0 if all(report["fits"] for report in reports) else 1

@@ -31,7 +31,6 @@ To see or save texts without measuring, use generate.
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsjax.cli import decoding_flags as shared
@@ -207,8 +206,9 @@ def _settings(arguments: Arguments) -> dict[str, Any]:
 
 def _held_out_prompts(arguments: Arguments) -> list[list[int]]:
     from lsjax.benchmarks.prompts import held_out_prompts
+    from lsjax.files import path_of
 
-    return held_out_prompts(Path(arguments.model), arguments.num_prompts, arguments.prompt_tokens)
+    return held_out_prompts(path_of(arguments.model), arguments.num_prompts, arguments.prompt_tokens)
 
 
 def _drafting(arguments: Arguments, num_layers: int) -> "SelfSpeculative":
@@ -287,10 +287,10 @@ def _no_reuse_decoders(model: "Model", drafting: "SelfSpeculative", _: int) -> "
 
 
 def _write(arguments: Arguments, report: dict[str, Any]) -> None:
-    from lsjax.files import write_atomically
+    from lsjax.files import path_of, write_atomically
 
     if arguments.report:
-        write_atomically(Path(arguments.report), json.dumps(report, indent=2))
+        write_atomically(path_of(arguments.report), json.dumps(report, indent=2))
         print(f"report: {arguments.report}")
 
 

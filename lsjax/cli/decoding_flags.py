@@ -1,11 +1,11 @@
 """Flags that generate and decode share, and what they mean: the model, the prompts, strategies and sampling."""
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsjax.cli.flags import Arguments, CommandFlags
 from lsjax.errors import UserError
+from lsjax.files import path_of
 
 if TYPE_CHECKING:
     from lsjax.benchmarks.prompts import PromptLine
@@ -119,7 +119,7 @@ def given_prompts(arguments: Arguments) -> "list[PromptLine]":
         raise UserError("give --prompt or --prompts, not both")
     if arguments.prompt is not None:
         return [PromptLine(arguments.prompt, "--prompt", {})]
-    return read_prompt_lines(Path(arguments.prompts)) if arguments.prompts is not None else []
+    return read_prompt_lines(path_of(arguments.prompts)) if arguments.prompts is not None else []
 
 
 def make_prompts(arguments: Arguments, model: "Model", texts: list[str]) -> list["Prompt"]:
@@ -133,7 +133,7 @@ def trained_draft_exit(arguments: Arguments) -> int | None:
     """Returns the draft exit that the run of --adapter or --model was trained with, or None when there is none."""
     from lsjax.io import workdir
 
-    path = Path(arguments.adapter or arguments.model)
+    path = path_of(arguments.adapter or arguments.model)
     return (workdir.read_config(path).layerskip.draft_exit or None) if workdir.is_run(path) else None
 
 

@@ -11,11 +11,11 @@ the share of held-out tokens that lists of several sizes cover: a token outside 
 verified. Texts decide which tokens are frequent, so count texts like those that the model will write.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsjax.cli.flags import Arguments, CommandFlags
 from lsjax.errors import UserError
+from lsjax.files import path_of
 
 if TYPE_CHECKING:
     from lsjax.config import DataConfig
@@ -67,6 +67,6 @@ def _data(arguments: Arguments) -> "DataConfig":
 
     if arguments.corpus is not None:
         return DataConfig(corpus=arguments.corpus, held_out_fraction=_HELD_OUT)
-    if not workdir.is_run(Path(arguments.model)):
+    if not workdir.is_run(path_of(arguments.model)):
         raise UserError(f"give --corpus: {arguments.model} is not a training workdir, whose corpus could be counted")
-    return workdir.read_config(Path(arguments.model)).data
+    return workdir.read_config(path_of(arguments.model)).data

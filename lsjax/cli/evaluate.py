@@ -20,7 +20,6 @@ With --report, an interrupted evaluation goes on where it stopped, and further t
 """
 
 import sys
-from pathlib import Path
 
 from lsjax.cli import decoding_flags as shared
 from lsjax.cli.flags import Arguments, CommandFlags
@@ -62,9 +61,9 @@ def define_flags(flags: CommandFlags) -> None:
 def main(arguments: Arguments) -> int | None:
     """Runs the command. Returns 1 when self-speculation in float32 is not exact."""
     from lsjax.evaluation.tasks.parse import FEW_SHOT, parse_task
-    from lsjax.files import check_writable, own_results
+    from lsjax.files import check_writable, own_results, path_of
 
-    report_path = Path(arguments.report) if arguments.report else None
+    report_path = path_of(arguments.report) if arguments.report else None
     if report_path:
         check_writable(report_path, "--report")
     names = list(dict.fromkeys(arguments.tasks))
@@ -95,7 +94,7 @@ def main(arguments: Arguments) -> int | None:
     except InexactError as error:
         print(f"lsjax evaluate: {error}", file=sys.stderr)
         return _INEXACT
-    with own_results(report_path or Path("the report")):  # rows of an earlier evaluation may be damaged
+    with own_results(report_path or path_of("the report")):  # rows of an earlier evaluation may be damaged
         table = evaluation_table(report)
     print_table(table)
     if report_path:

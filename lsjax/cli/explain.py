@@ -38,7 +38,7 @@ def main(arguments: Arguments) -> None:
     """Runs the command."""
     from rich.console import Console
 
-    from lsjax.files import check_report, write_atomically
+    from lsjax.files import check_report, path_of, write_atomically
 
     if arguments.output:
         _check_output(arguments.output)
@@ -59,15 +59,15 @@ def main(arguments: Arguments) -> None:
             "adapter": arguments.adapter,
             "prompt": arguments.prompt,
         } | predictions.report()
-        write_atomically(Path(arguments.report), json.dumps(report))
+        write_atomically(path_of(arguments.report), json.dumps(report))
         print(f"report: {arguments.report}")
 
 
 def _check_output(path: str) -> None:
     """Raises UserError when no picture can be drawn into the file, before the model is loaded."""
-    from lsjax.files import check_replaceable
+    from lsjax.files import check_replaceable, disk_path
 
     if Path(path).suffix.lower() != ".png":
         raise UserError(f"--output {path} is a picture in PNG: give a name that ends in .png")
-    check_replaceable(Path(path), "--output", lambda content: content.startswith(b"\x89PNG"))
+    check_replaceable(disk_path(path, "--output"), "--output", lambda content: content.startswith(b"\x89PNG"))
     import lsjax.reports.layer_figure  # noqa: F401 (says which extra to install where matplotlib is missing)

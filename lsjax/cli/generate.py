@@ -25,7 +25,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsjax.cli import decoding_flags as shared
@@ -228,9 +227,9 @@ def _line_writer(path: str | None) -> Callable[[dict[str, Any]], None] | None:
     """
     if path is None:
         return None
-    from lsjax.files import check_writable
+    from lsjax.files import check_writable, disk_path
 
-    check_writable(Path(path), "--output")
+    check_writable(disk_path(path, "--output"), "--output")
     if os.path.exists(path) and os.path.getsize(path):
         raise UserError(f"--output {path} holds something already: give a new file, or move it away")
 

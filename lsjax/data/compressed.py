@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lsjax.errors import UserError
+from lsjax.files import in_bucket
 
 SUFFIXES = (".gz", ".zst")
 _BUFFER = 1 << 20  # bytes
@@ -32,6 +33,8 @@ def open_bytes(path: Path, raw: BinaryIO | None = None) -> BinaryIO:
     Reading raises one of READ_ERRORS where the file is damaged. Raises UserError for a .zst file where the package
     that reads it is not installed.
     """
+    if in_bucket(path) and raw is None:
+        raw = path.open("rb")  # it holds nothing that has to be closed
     if path.suffix.lower() == ".gz":
         return io.BufferedReader(gzip.GzipFile(path, "rb", fileobj=raw), _BUFFER)  # pyright: ignore[reportArgumentType]
     if path.suffix.lower() == ".zst":

@@ -11,7 +11,7 @@ import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from lsjax.config import DataConfig
@@ -20,6 +20,7 @@ from lsjax.data.jsonl import is_jsonl
 from lsjax.data.parquet import is_parquet, row_group_count
 from lsjax.data.token_files import is_token_file, open_tokens
 from lsjax.errors import UserError
+from lsjax.files import in_bucket, path_of
 
 TRAIN, HELD_OUT = "train", "held_out"  # names of splits
 BLOCK_BYTES = 32 << 20  # bytes of text that are packed together; a part of the result, so not a setting
@@ -165,7 +166,7 @@ class Corpus:
 
     def _pieces(self, name: str, size: int) -> Iterator[tuple[Piece, int]]:
         """Yields the parts of a file that are read on their own, and the bytes of each."""
-        path, kind = Path(self.root) / name, kind_of(name, self.data)
+        path, kind = path_of(self.root or ".") / name, kind_of(name, self.data)
         if kind == "jsonl" and not is_compressed(name):
             for start in range(0, size, BLOCK_BYTES):
                 end = min(start + BLOCK_BYTES, size)
@@ -198,9 +199,9 @@ def blocks_of(unit: Unit) -> Iterator[Block]:
         yield Block(unit.number, 0, True, unit.pieces, unit.size, unit.splits)
         return
     piece, part, lines = unit.pieces[0], 0, 0
-    path = Path(piece.path)
+    path = path_of(piece.path)
     try:
-        with open(path, "rb") as raw, open_bytes(path, raw) as file:
+        with path.open("rb") as raw, open_bytes(path, raw) as file:
             data, before = _read_block(file), 0
             while data or part == 0:
                 after = raw.tell()
@@ -221,7 +222,7 @@ def list_corpus(config: DataConfig, key: str = "corpus") -> Corpus:
     named = f"config.data.{key} {config.corpus!r}"
     if config.corpus == "python":
         return _list_folder(named, Path(sysconfig.get_paths()["stdlib"]), "**/*.py", _SKIPPED_FOLDERS, config)
-    path = Path(config.corpus)
+    path = path_of(config.corpus, f"config.data.{key}")
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
         size = path.stat().st_size if is_file else 0
@@ -240,27 +241,43 @@ def list_corpus(config: DataConfig, key: str = "corpus") -> Corpus:
 def _list_folder(named: str, root: Path, pattern: str, left_out: set[str], config: DataConfig) -> Corpus:
     """Lists the files of a folder. named: as of `Corpus`. left_out: names of folders that are not read."""
     files, skipped = [], Skipped()
-    if not os.access(root, os.R_OK | os.X_OK):
+    if not in_bucket(root) and not os.access(root, os.R_OK | os.X_OK):
         raise UserError(f"{named} cannot be read: {os.strerror(errno.EACCES)}")
     try:
-        for path in root.glob(pattern):
-            relative = path.relative_to(root)
+        for name, size in _matching(root, pattern):
+            relative = PurePosixPath(name)
             if any(part.startswith(".") or part in left_out for part in relative.parts):
                 continue
-            if path.is_file():
-                if kind_of(path.name, config):
-                    files.append((relative.as_posix(), path.stat().st_size))
-                else:
-                    skipped.add_file(relative.as_posix(), "another kind of file")
-            elif path.is_dir() and path.is_symlink():
-                skipped.add_file(relative.as_posix(), "a link to a folder")
-            elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):  # glob passes over it silently
-                skipped.add_file(relative.as_posix(), "a folder that may not be read")
+            if size is None:
+                skipped.add_file(name, "a link to a folder")
+            elif size < 0:
+                skipped.add_file(name, "a folder that may not be read")
+            elif kind_of(relative.name, config):
+                files.append((name, size))
+            else:
+                skipped.add_file(name, "another kind of file")
     except (ValueError, NotImplementedError, IndexError) as error:
         raise UserError(f"config.data.file_pattern {pattern!r} is no pattern: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {error.filename or root}: {error.strerror}") from None
     return Corpus(named, str(root), tuple(sorted(files)), config, skipped)
+
+
+def _matching(root: Path, pattern: str) -> Iterator[tuple[str, int | None]]:
+    """Yields the name and size of each file that matches.
+
+    A link to a folder has the size None, and a folder that may not be read the size -1.
+    """
+    if in_bucket(root):
+        yield from ((name, found.size) for name, found in root.objects(pattern).items())
+        return
+    for path in root.glob(pattern):
+        if path.is_file():
+            yield path.relative_to(root).as_posix(), path.stat().st_size
+        elif path.is_dir() and path.is_symlink():
+            yield path.relative_to(root).as_posix(), None
+        elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):  # glob passes over it silently
+            yield path.relative_to(root).as_posix(), -1
 
 
 def _shown(name: str) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from lsjax.data.jsonl import count_lines, parse_line, read_lines, text_of
 from lsjax.data.parquet import read_parquet
 from lsjax.data.token_files import open_tokens, read_token_documents
 from lsjax.errors import UserError
+from lsjax.files import path_of
 
 
 class Place(NamedTuple):
@@ -28,7 +28,7 @@ class Place(NamedTuple):
         if not self.number:
             return self.piece.path
         before = self.piece.lines_before
-        before = count_lines(Path(self.piece.path), self.piece.start) if before is None else before
+        before = count_lines(path_of(self.piece.path), self.piece.start) if before is None else before
         return f"{self.piece.path}:{before + self.number}"
 
 
@@ -84,7 +84,7 @@ def _read_rows(piece: Piece, kind: str, data: DataConfig) -> Iterator[Document]:
 
 
 def _jsonl_rows(piece: Piece) -> Iterator[tuple[Place, dict[str, Any]]]:
-    lines = read_lines(Path(piece.path), piece.start, piece.end, piece.data, piece.lines_before == 0)
+    lines = read_lines(path_of(piece.path), piece.start, piece.end, piece.data, piece.lines_before == 0)
     for number, line in enumerate(lines, 1):
         if line.strip():
             place = Place(piece, number)
@@ -92,19 +92,19 @@ def _jsonl_rows(piece: Piece) -> Iterator[tuple[Place, dict[str, Any]]]:
 
 
 def _parquet_rows(piece: Piece, columns: Sequence[str]) -> Iterator[tuple[Place, dict[str, Any]]]:
-    for number, row in read_parquet(Path(piece.path), columns, piece.start, piece.end):
+    for number, row in read_parquet(path_of(piece.path), columns, piece.start, piece.end):
         yield Place(piece, number), row
 
 
 def _read_tokens(piece: Piece, data: DataConfig) -> Iterator[Document]:
-    tokens = open_tokens(Path(piece.path), data.token_dtype)
+    tokens = open_tokens(path_of(piece.path), data.token_dtype)
     end = len(tokens) if piece.end is None else piece.end
     for begin, document in read_token_documents(tokens, data.token_separator, piece.start, end):
         yield Document("", Place(piece, begin), tokens=document)
 
 
 def _read_file(piece: Piece, skipped: Skipped) -> Iterator[Document]:
-    path = Path(piece.path)
+    path = path_of(piece.path)
     try:
         with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig") as file:
             yield Document(file.read(), Place(piece))

@@ -1,12 +1,15 @@
 """Describes a folder of packed data: its manifest and its record files."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordReader
 
 from lsjax.data.sources import is_train_split
 from lsjax.errors import UserError
+from lsjax.files import in_bucket, path_of
+from lsjax.scratch import local_copy, say
 
 MANIFEST = "manifest.json"
 NO_DOCUMENT = -1  # the document of a padding token in a record
@@ -17,7 +20,7 @@ def read_manifest(directory: Path) -> dict | None:
 
     A folder that an earlier version made has one file per split and lists no files; they are added here.
     """
-    path = Path(directory) / MANIFEST
+    path = path_of(directory) / MANIFEST
     try:
         if not path.exists():
             return None
@@ -42,6 +45,19 @@ def read_manifest(directory: Path) -> dict | None:
         raise damaged_data(path, error) from None
 
 
+def local_data(directory: Path, splits: Sequence[str] | None = None, note: Callable[[str], None] = say) -> Path:
+    """Returns packed data on a disk: `directory` itself, or a copy if it is in a bucket, which ArrayRecord cannot read.
+
+    splits: those that are wanted; None means all. note: receives lines about a copy that takes long.
+    """
+    directory = path_of(directory)
+    manifest = read_manifest(directory) if in_bucket(directory) else None
+    if not in_bucket(directory) or manifest is None:
+        return directory
+    names = [name for split in splits or manifest["files"] for name in manifest["files"][split]]
+    return local_copy(directory, [MANIFEST, *names], note)
+
+
 def held_out_splits(manifest: dict) -> list[str]:
     """Returns the splits that are not trained on, as `held_out_names` does for a configuration."""
     return [split for split in manifest["splits"] if not is_train_split(split)]
@@ -55,13 +71,13 @@ def check_records(directory: Path, files: dict[str, dict[str, int]]) -> None:
     for counts in files.values():
         for name, count in counts.items():
             try:
-                reader = ArrayRecordReader(str(Path(directory) / name))
+                reader = ArrayRecordReader(str(path_of(directory) / name))
                 found = reader.num_records()
                 reader.close()
             except Exception as error:  # ArrayRecord raises several types for a damaged file
-                raise damaged_data(Path(directory) / name, str(error).strip() or type(error).__name__) from None
+                raise damaged_data(path_of(directory) / name, str(error).strip() or type(error).__name__) from None
             if found != count:
-                raise damaged_data(Path(directory) / name, f"it holds {found} sequences, not {count}")
+                raise damaged_data(path_of(directory) / name, f"it holds {found} sequences, not {count}")
 
 
 def damaged_data(path: Path, error: object) -> UserError:

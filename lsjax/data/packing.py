@@ -6,6 +6,7 @@ interruptions. This module imports neither JAX nor Grain, because the processes 
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from lsjax.data.packers import Packer, WholePacker
 from lsjax.data.parts import Part, SplitPart, write_part
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.errors import UserError
+from lsjax.files import in_bucket, path_of
 
 _BATCH_CHARACTERS = 1 << 20  # tokenized at once
 
@@ -57,7 +59,7 @@ def pack_block(block: Block, job: Job, tokenizer: Tokenizer) -> Part:
         for writer in writers.values():
             writer.discard()
     part = Part(block.unit, block.part, block.is_last, size, digest_sum % 2**256, packed, skipped.to_dict())
-    write_part(Path(job.folder), part)
+    write_part(path_of(job.folder), part)
     return part
 
 
@@ -96,9 +98,10 @@ class _Writer:
     """Writes one split of a block. The file gets its name when it is complete; without records there is no file."""
 
     def __init__(self, job: Job, name: str):
-        self._folder, self._name = Path(job.folder), name
+        self._folder, self._name = path_of(job.folder), name
         self._packer = (Packer if job.data.format == "text" else WholePacker)(job.sequence_length)
-        self._temporary = self._folder / f".{name}.{secrets.token_hex(4)}"
+        scratch = Path(tempfile.gettempdir()) if in_bucket(self._folder) else self._folder
+        self._temporary = scratch / f".{name}.{secrets.token_hex(4)}"
         self._records: ArrayRecordWriter | None = None
 
     def add(self, example: Example) -> None:
@@ -113,9 +116,7 @@ class _Writer:
             return SplitPart("", packer.documents, 0, 0, 0)
         try:
             self._records.close()
-            with open(self._temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(self._temporary, self._folder / self._name)
+            _move(self._temporary, self._folder / self._name)
         except (OSError, RuntimeError) as error:
             raise _unwritable(self._folder, error) from None
         return SplitPart(self._name, packer.documents, packer.sequences, packer.padding, packer.cut)
@@ -133,6 +134,16 @@ class _Writer:
                 self._records = records
             except (OSError, RuntimeError) as error:  # ArrayRecord has no error of its own for a full disk
                 raise _unwritable(self._folder, error) from None
+
+
+def _move(file: Path, target: Path) -> None:
+    """Moves a complete file to where it belongs, beside it or in a bucket."""
+    if in_bucket(target):
+        target.upload(file)
+        return
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    os.replace(file, target)
 
 
 def _unwritable(folder: Path, error: Exception) -> UserError:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lsjax.errors import UserError
+from lsjax.files import in_bucket
 
 _ROWS_AT_ONCE = 256
 
@@ -50,7 +51,7 @@ def _open(path: Path) -> Any:
     except ImportError:
         raise UserError(f'{path} needs pyarrow to be read: pip install "lsjax[parquet]"') from None
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path.open("rb") if in_bucket(path) else path)
     except _errors() as error:
         raise _unreadable(path, error) from None
 

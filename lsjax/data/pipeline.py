@@ -12,7 +12,7 @@ import numpy as np
 from lsjax.data.batch import Batch
 from lsjax.data.corpus import HELD_OUT, TRAIN
 from lsjax.data.mixture import Interleaving
-from lsjax.data.packed import MANIFEST, NO_DOCUMENT, check_records, damaged_data, read_manifest
+from lsjax.data.packed import MANIFEST, NO_DOCUMENT, check_records, damaged_data, local_data, read_manifest
 from lsjax.data.sources import Source, mixture_sources, train_split
 from lsjax.errors import UserError
 
@@ -106,18 +106,19 @@ class _HostRows(grain.MapDataset):
 
 def read_records(directory: Path, split: str) -> grain.MapDataset:
     """Opens the records of a split. Raises UserError when the files are not what the manifest describes."""
+    directory = local_data(directory, [split])
     manifest = read_manifest(directory)
     if manifest is None:
         raise UserError(f"{directory} holds no packed data: it has no {MANIFEST}")
     files = manifest["files"][split]
     try:
-        source = _open_records([Path(directory) / name for name in files])
+        source = _open_records([directory / name for name in files])
         sound = len(source) == sum(files.values())
     except Exception:  # ArrayRecord raises several types for a damaged file
         source, sound = None, False
     if source is None or not sound:
         check_records(directory, {split: files})
-        raise damaged_data(Path(directory) / MANIFEST, f"its {split} files cannot be read")
+        raise damaged_data(directory / MANIFEST, f"its {split} files cannot be read")
     return grain.MapDataset.source(source)
 
 

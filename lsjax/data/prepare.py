@@ -1,6 +1,7 @@
 """Prepares a corpus for training: tokenizes and packs it once, in any number of steps and on any number of hosts.
 
-While it is prepared, the data is in a folder of its own beside its destination. Whatever interrupts a preparation, the
+While it is prepared, the data is in a folder of its own beside its destination; in a bucket, which renames no folders,
+in the destination itself, where the manifest comes last and makes it complete. Whatever interrupts a preparation, the
 blocks that are done stay there, and the same command goes on. The bytes of the result depend on the corpus and the
 configuration alone.
 """
@@ -9,18 +10,19 @@ import dataclasses
 import json
 import secrets
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lsjax.config import Config, DataConfig
 from lsjax.data.corpus import BLOCK_BYTES, Block, Corpus, Skipped, Unit, blocks_of
 from lsjax.data.documents import digest_of, is_held_out, read_documents
 from lsjax.data.examples import plain_text
-from lsjax.data.packed import MANIFEST, check_records, read_manifest
+from lsjax.data.packed import MANIFEST, check_records, damaged_data, read_manifest
 from lsjax.data.packing import Job
 from lsjax.data.parts import Part, is_complete, read_parts, total
 from lsjax.data.pool import core_count, open_tokenizer, pack_blocks
@@ -29,7 +31,10 @@ from lsjax.data.sources import Sources, list_sources, mixture_sources
 from lsjax.data.tokenizer import GENERATION, SETTINGS, TOKENIZER, Tokenizer, train_tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.errors import UserError
-from lsjax.files import make_folder, read_json, write_atomically
+from lsjax.files import in_bucket, make_folder, path_of, read_json, remove, write_atomically
+
+if TYPE_CHECKING:
+    from lsjax.buckets import BucketPath
 
 TRAIN_PREPARES_BYTES = 1_000_000_000  # the largest corpus that `train` prepares by itself
 SAMPLE_BYTES = 32 << 20  # the most text that a tokenizer is trained on
@@ -96,21 +101,28 @@ def prepare_shard(
     """
     if _existing(config, directory, given) is not None:
         return True
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    folder = directory if in_bucket(directory) else directory.with_name(f"{directory.name}.partial")
+    if _holds_something_else(directory):
         raise UserError(f"data folder {directory} exists and holds something else; choose another")
     sources = list_sources(config.data) if sources is None else sources
-    folder = directory.with_name(f"{directory.name}.partial")
     try:
         _open_folder(folder, config, sources)
         _make_tokenizer(folder, config, sources.training, given)
         _pack(folder, config, sources, shard, workers, note)
         return _complete(folder, directory, config, sources)
     except UserError:
-        if not folder.exists() and _existing(config, directory, given) is not None:
+        if (folder == directory or not folder.exists()) and _existing(config, directory, given) is not None:
             return True  # another job completed it meanwhile
         if shard.count == 1 and not any(folder.glob("part-*.json")):
-            shutil.rmtree(folder, ignore_errors=True)  # bad input leaves nothing behind
+            remove(folder)  # bad input leaves nothing behind
         raise
+
+
+def _holds_something_else(directory: Path) -> bool:
+    """Returns whether a folder without complete data holds anything but, in a bucket, an unfinished preparation."""
+    if in_bucket(directory):
+        return any(directory.iterdir()) and not (directory / _REQUEST).exists()
+    return directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
 
 
 def _existing(config: Config, directory: Path, given: Tokenizer | None) -> dict | None:
@@ -187,16 +199,19 @@ def _open_folder(folder: Path, config: Config, sources: Sources) -> None:
 def _make_tokenizer(folder: Path, config: Config, corpora: Sequence[Corpus], given: Tokenizer | None) -> None:
     """Writes the tokenizer unless it is there. Of several jobs that do so at once, the first one's stays."""
     target = folder / _TOKENIZER
-    if target.exists():
+    if (target / TOKENIZER).exists():
         return
     if config.data.token_separator >= 0 and given is None and not config.data.tokenizer:
         raise UserError("a corpus of tokens needs the tokenizer that made them: set config.data.tokenizer")
     if config.data.tokenizer:
-        tokenizer = load_tokenizer(Path(config.data.tokenizer))
+        tokenizer = load_tokenizer(path_of(config.data.tokenizer, "config.data.tokenizer"))
         tokenizer.restrict_to(config.model.vocab_size, f"config.data.tokenizer {config.data.tokenizer}")
     else:
         texts = (text for corpus in corpora for text in _sample(config.data, corpus, SAMPLE_BYTES // len(corpora)))
         tokenizer = given or _train_tokenizer(texts, config.model.vocab_size)
+    if in_bucket(target):
+        _save_first(tokenizer, target)
+        return
     scratch = folder / f".{_TOKENIZER}.{secrets.token_hex(4)}"
     scratch.mkdir()
     tokenizer.save(scratch)
@@ -204,6 +219,23 @@ def _make_tokenizer(folder: Path, config: Config, corpora: Sequence[Corpus], giv
         scratch.rename(target)
     except OSError:  # another job was faster
         shutil.rmtree(scratch)
+
+
+def _save_first(tokenizer: Tokenizer, target: "BucketPath") -> None:
+    """Saves a tokenizer in a bucket, where the vocabulary of the first job stays.
+
+    All jobs write the other files alike.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save(Path(scratch))
+        try:
+            for name in (GENERATION, SETTINGS):
+                (target / name).write_bytes((Path(scratch) / name).read_bytes())
+            (target / TOKENIZER).write_bytes((Path(scratch) / TOKENIZER).read_bytes(), new=True)
+        except FileExistsError:  # another job was faster
+            pass
+        except OSError as error:
+            raise UserError(f"cannot write {target}: {error.strerror}") from None
 
 
 def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -294,17 +326,32 @@ def _complete(folder: Path, directory: Path, config: Config, sources: Sources) -
     try:
         _check_splits(manifest, config, sources)
     except UserError:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         raise
-    check_records(folder, manifest["files"])
+    _check_files(folder, manifest["files"])
     try:
         open_tokenizer(folder / _TOKENIZER, config.model.vocab_size).save(folder)
         write_atomically(folder / MANIFEST, json.dumps({"request": _request(config)} | manifest, indent=2))
-        folder.rename(directory)
+        if folder != directory:
+            folder.rename(directory)
     except OSError as error:
         raise UserError(f"cannot write data folder {directory}: {error.strerror or error}") from None
     _tidy(directory, manifest)
     return True
+
+
+def _check_files(folder: Path, files: dict[str, dict[str, int]]) -> None:
+    """Raises UserError when a file of records is damaged; in a bucket, when it is not there.
+
+    The store has checked what was uploaded, and a run checks the number of records when it has copied a file.
+    """
+    if not in_bucket(folder):
+        check_records(folder, files)
+        return
+    found = folder.objects("*.arrayrecord")
+    for name in (name for counts in files.values() for name in counts):
+        if name not in found:
+            raise damaged_data(folder / name, "it is missing")
 
 
 def _all_skipped(sources: Sources, packed: dict) -> dict:
@@ -341,4 +388,4 @@ def _tidy(directory: Path, manifest: dict) -> None:
     wanted = {MANIFEST, TOKENIZER, SETTINGS, GENERATION, *(name for f in manifest["files"].values() for name in f)}
     for path in directory.iterdir():
         if path.name not in wanted:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            remove(path)

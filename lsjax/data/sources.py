@@ -10,6 +10,7 @@ from typing import NamedTuple
 from lsjax.config import DataConfig
 from lsjax.data.corpus import HELD_OUT, TRAIN, Corpus, Unit, list_corpus
 from lsjax.errors import UserError
+from lsjax.files import in_bucket, path_of
 
 _WEIGHT = re.compile(r"\d{1,18}(\.\d{0,18})?|\.\d{1,18}", re.ASCII)
 
@@ -124,10 +125,14 @@ def _check_apart(corpora: Mapping[str, Corpus]) -> None:
     """Raises UserError when two sources hold the same file."""
     owners: dict[str, str] = {}
     for name, corpus in corpora.items():
-        root = os.path.realpath(corpus.root)
+        root = _without_links(corpus.root)
         for file, _ in corpus.files:
-            path = os.path.join(root, file) if corpus.root else os.path.realpath(file)
+            path = os.path.join(root, file) if corpus.root else _without_links(file)
             if owners.setdefault(path, name) != name:
                 raise UserError(
                     f"config.data.mixture: {owners[path]} and {name} both hold {path}; a file belongs to one source"
                 )
+
+
+def _without_links(path: str) -> str:
+    return path if in_bucket(path_of(path)) else os.path.realpath(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lsjax.errors import UserError
+from lsjax.scratch import on_disk
 
 _SEARCHED_AT_ONCE = 1 << 20
 
@@ -16,7 +17,11 @@ def is_token_file(name: str) -> bool:
 
 
 def open_tokens(path: Path, dtype: str) -> np.ndarray:
-    """Maps the tokens of a file into memory. dtype: that of a .bin file; an .npy file says its own."""
+    """Maps the tokens of a file into memory. dtype: that of a .bin file; an .npy file says its own.
+
+    One in a bucket is copied to this machine's disk first.
+    """
+    path = on_disk(path)
     try:
         if not path.name.lower().endswith(".npy"):
             return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)

@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lsjax.data.chat import render_chat, render_turns
 from lsjax.errors import UserError
-from lsjax.files import write_atomically
+from lsjax.files import path_of, write_atomically
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 TOKENIZER, SETTINGS, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
@@ -217,9 +217,9 @@ class Tokenizer:
         template) and tokenizer.json (vocabulary and rules), which comes last and marks the tokenizer as complete.
         """
         files = self.files()
-        write_atomically(Path(folder) / GENERATION, json.dumps(files[GENERATION], indent=2))
-        write_atomically(Path(folder) / SETTINGS, json.dumps(files[SETTINGS], indent=2, ensure_ascii=False))
-        write_atomically(Path(folder) / TOKENIZER, files[TOKENIZER])
+        write_atomically(path_of(folder) / GENERATION, json.dumps(files[GENERATION], indent=2))
+        write_atomically(path_of(folder) / SETTINGS, json.dumps(files[SETTINGS], indent=2, ensure_ascii=False))
+        write_atomically(path_of(folder) / TOKENIZER, files[TOKENIZER])
 
     def files(self) -> dict[str, Any]:
         """Returns what `save` writes, by the names of the files. Tokenizers that are the same have the same."""

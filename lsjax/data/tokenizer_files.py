@@ -24,7 +24,7 @@ from lsjax.data.tokenizer import (
     token_text,
 )
 from lsjax.errors import UserError, shown
-from lsjax.files import check_not_pointer, read_json
+from lsjax.files import check_not_pointer, path_of, read_json
 
 _SPECIAL_TOKENS, _ADDED_TOKENS, _TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
 FILES = (TOKENIZER, SETTINGS, _SPECIAL_TOKENS, _ADDED_TOKENS, _TEMPLATE, GENERATION)  # beside config.json
@@ -40,7 +40,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     Raises UserError when it cannot be read, or when no file says which token ends a text.
     """
-    path = Path(path)
+    path = path_of(path, "the tokenizer")
     try:
         path = path / TOKENIZER if path.is_dir() else path
     except OSError as error:  # such as a name of more than 255 bytes

@@ -13,7 +13,7 @@ from lsjax.data.pipeline import held_out_batches
 from lsjax.data.prepare import prepare
 from lsjax.decoding.model import Model, load
 from lsjax.evaluation.exits import ExitProfile, evaluated_exits, exit_profile
-from lsjax.files import own_results, read_json, write_atomically
+from lsjax.files import disk_path, own_results, read_json, write_atomically
 from lsjax.generation import generate
 from lsjax.io.workdir import check_free, data_directory
 from lsjax.reports.figures import draw_comparison
@@ -29,7 +29,7 @@ def run_continual_demo(config: Config, workdir: str | Path) -> signal.Signals | 
     Prints both measurements side by side, and writes before.json, after.json and exits.png to `workdir`. Returns the
     signal that interrupted training, if one did.
     """
-    workdir = Path(workdir)
+    workdir = disk_path(workdir, "workdir")
     model = load(config.initial_model)
     print(f"\n{config.initial_model}: {model.config.num_layers} layers of width {model.config.width}")
     print(f"question: {QUESTION}\nanswer: {answer(model, QUESTION)}\n")

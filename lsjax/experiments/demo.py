@@ -17,7 +17,7 @@ from lsjax.errors import UserError
 from lsjax.evaluation.exits import ExitProfile
 from lsjax.experiments.continual import measure_exits, profile_from, profile_tree
 from lsjax.experiments.sweep import Grid, summary
-from lsjax.files import own_results, read_json, write_atomically
+from lsjax.files import disk_path, own_results, read_json, write_atomically
 from lsjax.generation import generate
 from lsjax.io.workdir import check_free, data_directory
 from lsjax.reports.figures import draw_before_and_after
@@ -93,7 +93,7 @@ def run_demo(config: Config, workdir: str | Path, settings: DemoSettings) -> dic
     Prints both, and writes before.json, report.json and demo.png to `workdir`. Returns the report, or the
     signal that interrupted training.
     """
-    workdir = Path(workdir)
+    workdir = disk_path(workdir, "workdir")
     settings.check(config)
     check_free(workdir, config)
     model = load(config.initial_model)

@@ -12,7 +12,7 @@ from lsjax.decoding.batch import GenerationConfig
 from lsjax.decoding.model import Model
 from lsjax.decoding.strategies import GREEDY, Sampling, SelfSpeculative, Strategy, check_strategy
 from lsjax.errors import UserError
-from lsjax.files import make_folder, write_atomically
+from lsjax.files import disk_path, make_folder, write_atomically
 from lsjax.reports.figures import draw_sweep
 from lsjax.tuning.tune import tune_over
 
@@ -64,7 +64,7 @@ def sweep(
     The report holds the cost model's predictions. The other arguments are those of `benchmark`.
     """
     grid.check(model.config.num_layers)
-    folder = make_folder(Path(folder), "--sweep folder")
+    folder = make_folder(disk_path(folder, "--sweep"), "--sweep folder")
     grid = Grid(tuple(sorted(set(grid.exit_layers))), tuple(sorted(set(grid.num_speculations))))
     request = GenerationConfig(max_new_tokens, sampling, seed, batch_size=batch_size)
     tuning = tune_over(model, prompts, grid.exit_layers, grid.num_speculations, request, note)

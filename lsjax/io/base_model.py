@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lsjax.errors import UserError
-from lsjax.files import as_path, read_json, write_atomically
+from lsjax.files import as_path, path_of, read_json, write_atomically
 from lsjax.io.hub import parse_hub_name
 from lsjax.io.shipped import shipped_model
 from lsjax.io.source import ModelSource
@@ -71,12 +71,12 @@ def hash_model(source: ModelSource) -> str:
 
 def write_base(folder: Path, base: BaseModel) -> None:
     """Writes base_model.json."""
-    write_atomically(Path(folder) / BASE_MODEL, json.dumps(base._asdict(), indent=2))
+    write_atomically(path_of(folder) / BASE_MODEL, json.dumps(base._asdict(), indent=2))
 
 
 def read_base(folder: Path) -> BaseModel:
     """Reads base_model.json. Raises UserError when it is missing or wrong."""
-    path = Path(folder) / BASE_MODEL
+    path = path_of(folder) / BASE_MODEL
     tree = read_json(path)
     if {*tree} != {*BaseModel._fields} or not all(isinstance(value, str) for value in tree.values()):
         raise UserError(f"{path} must hold the texts path and sha256 of a base model")

@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from lsjax.errors import UserError
+from lsjax.files import in_bucket, path_of
 from lsjax.model.transformer import Params
 
 FOLDER = "checkpoints"
@@ -48,6 +49,52 @@ def _add_checksums() -> None:
 _add_checksums()
 
 
+def _add_s3() -> None:
+    """Makes Orbax store arrays in S3, which TensorStore can do, but which Orbax has no words for.
+
+    The function that describes where an array lies knows files and Google Cloud Storage. It is wrapped, and what it
+    says about a bucket of the one is said about the same bucket of the other.
+    """
+    describe = tensorstore_utils.build_kvstore_tspec
+
+    def describe_s3(directory: str, *args: Any, **kwargs: Any) -> Any:
+        if not str(directory).startswith("s3://"):
+            return describe(directory, *args, **kwargs)
+        return _in_s3(describe(f"gs://{str(directory).removeprefix('s3://')}", *args, **kwargs))
+
+    tensorstore_utils.build_kvstore_tspec = describe_s3
+
+
+def _in_s3(spec: Any) -> Any:
+    """Returns a TensorStore spec with the driver s3 in place of gcs, at the endpoint that the AWS libraries use."""
+    if isinstance(spec, dict) and spec.get("driver") in ("gcs", "gcs_grpc"):
+        place = {"driver": "s3", "bucket": spec["bucket"], "path": spec["path"]}
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        if endpoint:
+            place |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+        if os.environ.get("AWS_ACCESS_KEY_ID"):  # TensorStore looks for files in ~/.aws first, and complains
+            place["aws_credentials"] = {"type": "environment"}
+        return place
+    return {key: _in_s3(value) for key, value in spec.items()} if isinstance(spec, dict) else spec
+
+
+_add_s3()
+
+
+def open_checkpointer(folder: Path, partial: bool = False, **options: Any) -> ocp.training.Checkpointer:
+    """Returns Orbax's checkpointer of a folder on a disk or in a bucket.
+
+    partial: whether it may load a part of the parameters. options: Orbax's own.
+    """
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    if in_bucket(folder):
+        # A bucket renames no folders. The object commit_success.txt makes a checkpoint complete.
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+    return ocp.training.Checkpointer(str(folder), context=context, **options)
+
+
 def load_params(workdir: Path, abstract: Params) -> tuple[int, Params]:
     """Returns the step and the parameters of the latest checkpoint in a workdir, without the optimizer state.
 
@@ -66,11 +113,8 @@ def load_part(workdir: Path, step: int, abstract: Any) -> Any:
     A leaf of `abstract` that is a numpy array is read as a numpy array. Raises UserError when a parameter has another
     shape than its leaf.
     """
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    folder = Path(workdir).absolute() / FOLDER
-    with context:
-        part = _read(folder, step, lambda reader, step: _read_params(reader, step, abstract))
+    folder = path_of(workdir).absolute() / FOLDER
+    part = _read(folder, step, lambda reader, step: _read_params(reader, step, abstract), partial=True)
     # Orbax ignores the shape asked for when the leaf is a numpy array.
     for (path, wanted), found in zip(jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(part), strict=True):
         if found.shape != wanted.shape:
@@ -84,7 +128,7 @@ def load_part(workdir: Path, step: int, abstract: Any) -> Any:
 def load_kernel(workdir: Path, step: int, width: int) -> np.ndarray:
     """Returns the kernel [D,D] of the exit adapter in checkpoint `step`; it has the shape that it was stored in."""
     wanted = {EXIT_ADAPTER: {"kernel": np.zeros((width, width), np.float32)}}
-    folder = Path(workdir).absolute() / FOLDER
+    folder = path_of(workdir).absolute() / FOLDER
     return _read(folder, step, lambda reader, step: reader.load_checkpointables(step, wanted))[EXIT_ADAPTER]["kernel"]
 
 
@@ -110,9 +154,9 @@ def latest_step(workdir: Path) -> int:
 
 def save_model(folder: Path, params: Params) -> None:
     """Saves parameters alone, as the checkpoint of step 0 in a folder that holds no run."""
-    target = Path(folder).absolute() / FOLDER
+    target = path_of(folder).absolute() / FOLDER
     try:
-        with orbax_silenced(), ocp.training.Checkpointer(str(target)) as checkpointer:
+        with orbax_silenced(), open_checkpointer(target) as checkpointer:
             checkpointer.save_checkpointables(0, {"params": params})
     except Exception:  # threads that still write fail, and log it, when the folder has been removed
         logging.getLogger("absl").addFilter(_is_not_of_orbax)
@@ -124,8 +168,8 @@ def _read_latest(workdir: Path, read: Callable[[ocp.training.Checkpointer, int],
     return step, _read(folder, step, read)
 
 
-def _read(folder: Path, step: int, read: Callable[[ocp.training.Checkpointer, int], Any]) -> Any:
-    with orbax_silenced(), ocp.training.Checkpointer(str(folder)) as checkpointer:
+def _read(folder: Path, step: int, read: Callable[[ocp.training.Checkpointer, int], Any], partial: bool = False) -> Any:
+    with orbax_silenced(), open_checkpointer(folder, partial) as checkpointer:
         return read_or_refuse(folder, step, lambda: read(checkpointer, step))
 
 
@@ -162,7 +206,7 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 def _find_latest(workdir: Path) -> tuple[Path, int]:
     """Finds the latest checkpoint by folder name: Orbax's own search waits for every host of a distributed run."""
-    folder = Path(workdir).absolute() / FOLDER
+    folder = path_of(workdir).absolute() / FOLDER
     if not folder.is_dir():
         raise UserError(f"{workdir} has no checkpoint yet: {folder} does not exist")
     if not finished_steps(folder):
@@ -171,8 +215,12 @@ def _find_latest(workdir: Path) -> tuple[Path, int]:
 
 
 def finished_steps(folder: Path) -> list[int]:
-    """Returns the steps of the finished checkpoints, in order. An unfinished one has a name that is no number."""
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+    """Returns the steps of the finished checkpoints, in order.
+
+    An unfinished one has a name that is no number; in a bucket, it lacks the object that comes last.
+    """
+    done = "commit_success.txt" if in_bucket(folder) else ""
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and (path / done).exists())
 
 
 def _unreadable(folder: Path, step: int, error: Exception) -> UserError:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
-from lsjax.files import make_folder, scratch_folder
+from lsjax.files import as_path, disk_path, in_bucket, make_folder, scratch_folder, upload_folder
 from lsjax.io.adapter import AdaptedSource
 from lsjax.io.checkpoints import save_model
 from lsjax.io.exit_adapter import write_exit_adapter
@@ -17,9 +17,10 @@ from lsjax.io.gguf_vocabulary import byte_level_vocabulary
 from lsjax.io.gguf_writer import write_gguf
 from lsjax.io.huggingface import write_huggingface
 from lsjax.io.open import open_model
+from lsjax.io.peft import CONFIG as ADAPTER_CONFIG
 from lsjax.io.peft import write_peft
 from lsjax.io.source import ModelSource, abstract_like
-from lsjax.io.workdir import write_model_config
+from lsjax.io.workdir import CONFIG, write_model_config
 from lsjax.model.exit_adapter import ExitAdapter
 from lsjax.model.transformer import Params, abstract_params
 
@@ -49,17 +50,15 @@ def convert(
     dtype: the dtype of the written weights; "stored" keeps each one bit for bit. Merged weights are rounded to theirs.
     adapter: a LoRA adapter to change the model by, as in `load`.
 
-    It appears whole or not at all. Raises UserError when `target` holds something already, when the source cannot be
-    read, and for what GGUF has no place for.
+    It appears whole or not at all; in a bucket, the config.json of a folder comes last and makes it complete. Raises
+    UserError when `target` holds something already, when the source cannot be read, and for what GGUF has no place for.
     """
-    target = Path(target)
+    target = as_path(target, "the target")
     if form not in FORMATS:
         raise UserError(f"unknown format {form!r}; choose one of {', '.join(FORMATS)}")
     if form == "gguf":
-        return _convert_to_gguf(source, target, dtype, adapter)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and holds something; give a new folder")
-    make_folder(target.absolute().parent, "folder")
+        return _convert_to_gguf(source, disk_path(target, "a GGUF file"), dtype, adapter)
+    _check_new(target)
     model = open_model(source, adapter)
     params = _load_adapter(model, source, dtype) if form == "peft" else _load_params(model, dtype)
     exit_adapter = None if form == "peft" else _load_exit_adapter(model, dtype)
@@ -68,7 +67,10 @@ def convert(
             _write(model, params, scratch, form)
             if exit_adapter:
                 write_exit_adapter(scratch, exit_adapter)
-            scratch.replace(target)
+            if in_bucket(target):
+                upload_folder(scratch, target, last=(CONFIG, ADAPTER_CONFIG))
+            else:
+                scratch.replace(target)
         except UserError:
             raise
         except Exception as error:  # safetensors and Orbax raise their own types when the disk is full
@@ -91,6 +93,16 @@ def _convert_to_gguf(source: str | Path, target: Path, dtype: str, adapter: str 
     params = _load_params(model, dtype)
     write_gguf(target, model.config, params, vocabulary)
     return Converted(model.config, params, None)
+
+
+def _check_new(target: Path) -> None:
+    """Raises UserError unless a folder can be made at `target`."""
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(f"{target} exists and holds something; give a new folder")
+    except OSError as error:
+        raise UserError(f"cannot write folder {target}: {error.strerror}") from None
+    make_folder(target if in_bucket(target) else target.absolute().parent, "folder")
 
 
 def _load_params(source: ModelSource, dtype: str) -> Params:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lsjax.errors import UserError
-from lsjax.files import read_json, write_atomically
+from lsjax.files import path_of, read_json, write_atomically
 from lsjax.io.hub import parse_hub_name
 
 FILE = "draft_vocabulary.json"
@@ -35,7 +35,7 @@ def list_path(model_path: str | Path) -> Path:
     """
     if parse_hub_name(model_path):
         raise UserError(f"{model_path} is a name on the Hub: give the path of a list, or of a copy of the model")
-    path = Path(model_path)
+    path = path_of(model_path)
     return path / FILE if path.is_dir() else path.with_name(f"{path.name}.{FILE}")
 
 
@@ -61,7 +61,7 @@ def read_list(path: str | Path, vocab_size: int) -> np.ndarray:
 
     Raises UserError when the file cannot be read, is damaged, or is of a model with another vocabulary.
     """
-    content = read_json(Path(path))
+    content = read_json(path_of(path))
     ids = content.get("ids")
     if not isinstance(ids, list):
         raise UserError(f'{path} must hold "ids", a list of token ids')

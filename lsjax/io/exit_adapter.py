@@ -13,6 +13,7 @@ from lsjax.errors import UserError, shown
 from lsjax.files import check_not_pointer, obey_umask
 from lsjax.io.tensors import all_finite, not_finite
 from lsjax.model.exit_adapter import ExitAdapter
+from lsjax.scratch import on_disk
 
 FILE = "exit_adapter.safetensors"
 _KERNEL, _EXIT_LAYER = "kernel", "exit_layer"
@@ -39,7 +40,7 @@ def read_exit_adapter(path: Path, config: ModelConfig) -> ExitAdapter | None:
         return None
     try:
         check_not_pointer(path)
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(on_disk(path), framework="numpy") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
             kernel = file.get_tensor(_KERNEL) if names == [_KERNEL] else None
     except (SafetensorError, OSError, TypeError) as error:

@@ -45,7 +45,7 @@ _LLAMA3_SETTINGS = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "
 def is_gguf(path: Path) -> bool:
     """Returns whether a file starts with the magic number of GGUF."""
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             return file.read(4) == _MAGIC
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -15,7 +15,7 @@ from lsjax.config import ModelConfig
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.errors import UserError, shown
-from lsjax.files import as_path, check_not_pointer, read_json
+from lsjax.files import as_path, check_not_pointer, in_bucket, read_json
 from lsjax.io import checkpoints
 from lsjax.io import workdir as workdirs
 from lsjax.io.adapter import AdaptedSource, read_run_adapter
@@ -23,6 +23,7 @@ from lsjax.io.base_model import check_base, describe_base, read_base
 from lsjax.io.checkpoints import latest_step, load_kernel, load_params, load_part
 from lsjax.io.exit_adapter import adapter_path, checked_adapter, read_exit_adapter
 from lsjax.io.gguf import is_gguf, open_gguf, read_gguf_config
+from lsjax.io.gguf_file import part_names
 from lsjax.io.hub import fetch_model, parse_hub_name
 from lsjax.io.huggingface import is_huggingface_config, open_huggingface, read_huggingface_config
 from lsjax.io.peft import is_peft, read_peft
@@ -31,6 +32,9 @@ from lsjax.io.source import ModelSource
 from lsjax.io.tensors import all_finite, check_finite, not_finite
 from lsjax.model.exit_adapter import ExitAdapter
 from lsjax.model.transformer import Params
+from lsjax.scratch import local_copy
+
+_COPIED = ("*.json", "*.jinja", "*.safetensors")  # of a Hugging Face folder in a bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +94,7 @@ def open_model(path: str | Path, adapter: str | Path | None = None) -> ModelSour
     """
     local = _local(path)
     kind = _kind(local)
+    local = _on_disk(local, kind)
     if kind == "workdir" and workdirs.holds_adapter(local):
         if adapter is not None:
             raise UserError(f"{path} is a run with LoRA: give its base model ({read_base(local).path}) and one adapter")
@@ -126,7 +131,7 @@ def _with_adapter(path: str | Path, source: ModelSource, folder: Path) -> Adapte
     if isinstance(source, AdaptedSource):
         raise UserError(f"{path} is a run with LoRA itself: merge it first, with lsjax convert")
     if is_peft(folder):
-        adapter = read_peft(folder, source.config)
+        adapter = read_peft(_on_disk(folder, "peft"), source.config)
     elif workdirs.is_run(folder) and workdirs.holds_adapter(folder):
         adapter = read_run_adapter(folder)
     else:
@@ -147,12 +152,14 @@ def read_model_config(path: str | Path) -> ModelConfig:
     path: as in `open_model`; of a Hub name, config.json alone is fetched.
     """
     path = _local(path, with_weights=False)
+    kind = _kind(path)
+    path = _on_disk(path, kind, with_weights=False)
     readers = {
         "gguf": read_gguf_config,
         "huggingface": read_huggingface_config,
         "workdir": workdirs.read_model_config,
     }
-    return readers[_kind(path)](path)
+    return readers[kind](path)
 
 
 def _local(path: str | Path, with_weights: bool = True) -> Path:
@@ -163,6 +170,23 @@ def _local(path: str | Path, with_weights: bool = True) -> Path:
         raise UserError(f"no model at {shown(path)}: {error}") from None
     name = parse_hub_name(path)
     return fetch_model(name, with_weights) if name else shipped_model(path) or local
+
+
+def _on_disk(path: Path, kind: str, with_weights: bool = True) -> Path:
+    """Returns the path of a model in files that are mapped into memory, after copying them if they are in a bucket.
+
+    A workdir stays where it is: TensorStore reads it there.
+    """
+    if not in_bucket(path) or kind == "workdir":
+        return path
+    if kind == "gguf":
+        return local_copy(path.parent, part_names(path.name)) / path.name  # pyright: ignore[reportArgumentType]
+    patterns = _COPIED if with_weights else (workdirs.CONFIG,)
+    try:
+        names = [name for pattern in patterns for name in path.objects(pattern)]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return local_copy(path, names)
 
 
 def _kind(path: Path) -> str:

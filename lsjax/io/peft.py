@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from lsjax.checks import MAX_FLOAT
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError, shown
-from lsjax.files import obey_umask, read_json, write_atomically
+from lsjax.files import obey_umask, path_of, read_json, write_atomically
 from lsjax.io.adapter import Adapter
 from lsjax.io.base_model import BASE_MODEL, read_base, write_base
 from lsjax.io.huggingface import read_header
@@ -76,7 +76,7 @@ class _Part(NamedTuple):
 
 def is_peft(folder: Path) -> bool:
     """Returns whether a folder holds an adapter in PEFT's layout."""
-    return (Path(folder) / CONFIG).is_file()
+    return (path_of(folder) / CONFIG).is_file()
 
 
 def write_peft(folder: Path, adapter: Adapter, config: ModelConfig) -> None:

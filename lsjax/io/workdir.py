@@ -10,7 +10,7 @@ from lsjax.config import Config, ModelConfig
 from lsjax.data.tokenizer import TOKENIZER, Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.errors import UserError
-from lsjax.files import as_path, check_folder, read_json, write_atomically
+from lsjax.files import as_path, check_folder, path_of, read_json, write_atomically
 from lsjax.io.base_model import BaseModel, write_base
 from lsjax.io.checkpoints import FOLDER as CHECKPOINTS
 from lsjax.io.checkpoints import finished_steps
@@ -39,7 +39,7 @@ def check_free(workdir: Path, config: Config) -> list[Change]:
     Raises UserError when a run of `config` cannot write, start or resume in `workdir`.
     """
     check_folder(workdir, "workdir")
-    path = Path(workdir) / CONFIG
+    path = path_of(workdir) / CONFIG
     if not path.exists():
         return []
     if not is_run(workdir):
@@ -60,7 +60,7 @@ def check_free(workdir: Path, config: Config) -> list[Change]:
 
 def _check_total_steps(workdir: Path, old: int, new: int) -> None:
     """Raises UserError when the schedules of a run are over, or would end before its latest checkpoint."""
-    folder = Path(workdir) / CHECKPOINTS
+    folder = path_of(workdir) / CHECKPOINTS
     step = max(finished_steps(folder), default=0) if folder.is_dir() else 0
     if step >= min(old, new):
         state = "is finished" if step >= old else f"is at step {step} already"
@@ -76,30 +76,30 @@ def claim(workdir: Path, config: Config, tokenizer: Tokenizer, base: BaseModel |
     Raises UserError when an earlier part of the run used another tokenizer: then its packed data was removed and
     made again from other text.
     """
-    path = Path(workdir) / TOKENIZER
+    path = path_of(workdir) / TOKENIZER
     if path.exists() and load_tokenizer(path).backend.to_str() != tokenizer.backend.to_str():
         raise UserError(f"{path} is not the tokenizer of the packed data: the corpus has changed since the run began")
     tokenizer.save(workdir)
     if base is not None:
         write_base(workdir, base)
-    write_atomically(Path(workdir) / CONFIG, json.dumps(config.to_dict(), indent=2))
+    write_atomically(path_of(workdir) / CONFIG, json.dumps(config.to_dict(), indent=2))
 
 
 def is_run(folder: Path) -> bool:
     """Returns whether a folder is a training workdir, not a Hugging Face folder or a converted model."""
-    path = Path(folder) / CONFIG
+    path = path_of(folder) / CONFIG
     return path.is_file() and "training" in read_json(path)
 
 
 def holds_adapter(folder: Path) -> bool:
     """Returns whether the checkpoints of a workdir hold a LoRA adapter in place of a model."""
-    training = read_json(Path(folder) / CONFIG).get("training")
+    training = read_json(path_of(folder) / CONFIG).get("training")
     return isinstance(training, dict) and bool(training.get("lora_rank"))
 
 
 def read_config(workdir: Path) -> Config:
     """Reads the whole config of a run."""
-    path = Path(workdir) / CONFIG
+    path = path_of(workdir) / CONFIG
     if not path.is_file():
         raise UserError(f"{workdir} is not a training workdir: it has no {CONFIG}")
     return _parse(path, read_json(path))
@@ -107,7 +107,7 @@ def read_config(workdir: Path) -> Config:
 
 def adapted_exit(workdir: Path) -> int:
     """Returns the exit layer whose adapter a run trains; 0 for a run that trains none."""
-    section = read_json(Path(workdir) / CONFIG).get("layerskip")
+    section = read_json(path_of(workdir) / CONFIG).get("layerskip")
     if not isinstance(section, dict) or section.get("exit_adapter", "none") == "none":
         return 0
     return read_config(workdir).layerskip.draft_exit
@@ -115,7 +115,7 @@ def adapted_exit(workdir: Path) -> int:
 
 def read_model_config(folder: Path) -> ModelConfig:
     """Reads the model section of config.json in a workdir or in a converted model, which has only that section."""
-    path = Path(folder) / CONFIG
+    path = path_of(folder) / CONFIG
     model = read_json(path).get("model")
     if model is None:
         raise UserError(f"{path} has neither a model section (lsjax) nor a model_type (Hugging Face)")
@@ -125,7 +125,7 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 def write_model_config(folder: Path, config: ModelConfig) -> None:
     """Writes the config.json of a converted model."""
-    write_atomically(Path(folder) / CONFIG, json.dumps({"model": dataclasses.asdict(config)}, indent=2))
+    write_atomically(path_of(folder) / CONFIG, json.dumps({"model": dataclasses.asdict(config)}, indent=2))
 
 
 def _parse(path: Path, tree: dict) -> Config:
@@ -138,4 +138,4 @@ def _parse(path: Path, tree: dict) -> Config:
 def data_directory(workdir: Path, config: Config) -> Path:
     """Returns the folder of a run's packed data: config.data.directory, or else one inside the workdir."""
     given = config.data.directory
-    return as_path(given, "config.data.directory") if given else Path(workdir) / DATA
+    return as_path(given, "config.data.directory") if given else path_of(workdir) / DATA

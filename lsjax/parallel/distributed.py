@@ -76,6 +76,19 @@ def leader_first(work: Callable[[], T]) -> T:
     return results[0]
 
 
+def all_together(work: Callable[[], T]) -> T:
+    """Runs `work` on all hosts at once. An error on one host raises UserError on every host."""
+    if jax.process_count() == 1:
+        return work()
+    result, problem = None, ""
+    try:
+        result = work()
+    except Exception as error:
+        problem = str(error) or type(error).__name__
+    raise_together(problem)
+    return result  # pyright: ignore[reportReturnType]
+
+
 def raise_together(problem: str) -> None:
     """Raises UserError on every host if `problem` is not empty on one of them."""
     for host, message in enumerate(gather_texts(problem)):

@@ -18,8 +18,8 @@ from orbax.checkpoint import v1 as ocp
 
 from lsjax.config import CheckpointConfig
 from lsjax.errors import UserError
-from lsjax.files import make_folder
-from lsjax.io.checkpoints import EXIT_ADAPTER, FOLDER, finished_steps, orbax_silenced, read_or_refuse
+from lsjax.files import make_folder, path_of
+from lsjax.io.checkpoints import EXIT_ADAPTER, FOLDER, finished_steps, open_checkpointer, orbax_silenced, read_or_refuse
 from lsjax.training.step import TrainState
 
 
@@ -27,10 +27,10 @@ class Checkpoints:
     """The checkpoints of one workdir, written in the background."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig):
-        self._folder = make_folder(Path(workdir).absolute() / FOLDER, "checkpoint folder")
+        self._folder = make_folder(path_of(workdir).absolute() / FOLDER, "checkpoint folder")
         self._silence = orbax_silenced()
-        self._checkpointer = ocp.training.Checkpointer(
-            str(self._folder),
+        self._checkpointer = open_checkpointer(
+            self._folder,
             # Not checked: Orbax declares its policies for a narrower type than its Checkpointer passes to them.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore[reportArgumentType]
             preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),  # pyright: ignore[reportArgumentType]

@@ -18,6 +18,7 @@ from lsjax.costs.flops import utilization
 from lsjax.costs.hardware import chip_of
 from lsjax.data.batch import Batch
 from lsjax.data.mixture import MixtureReport
+from lsjax.data.packed import local_data
 from lsjax.data.pipeline import held_out_batches, training_batches
 from lsjax.data.prepare import TRAIN_PREPARES_BYTES, prepare
 from lsjax.data.sources import held_out_names
@@ -76,16 +77,16 @@ def train(
     distributed.check_same({"auto": str(execution)}, "config.training.compute_dtype")
     train_step = make_train_step(config, mesh, execution)
 
-    with Interrupts() as interrupts, _leader_occupies(workdir):
+    with Interrupts() as interrupts, _leader_occupies(workdir) as check_ours:
         changes = distributed.leader_first(lambda: check_free(workdir, config))
 
         # ---- What: packed text, made once.
         verbose = verbose and distributed.is_leader()
         say = print if verbose else _say_nothing
-        directory = data_directory(workdir, config)
         initial = distributed.leader_first(lambda: open_initial_model(config))
         base = find_base(config, workdir, initial)
-        tokenizer = distributed.leader_first(lambda: _pack_text(config, directory, say, initial))
+        tokenizer = distributed.leader_first(lambda: _pack_text(config, data_directory(workdir, config), say, initial))
+        directory = distributed.all_together(lambda: local_data(data_directory(workdir, config), note=say))
 
         # ---- From: the latest checkpoint, the initial model, or random parameters born in their shards.
         with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
@@ -95,7 +96,7 @@ def train(
             say(f"{_describe_parameters(config, state)} on {describe_devices(mesh)}, computing in {execution}")
 
             # ---- Go.
-            log = distributed.leader_first(lambda: RunLog(workdir, first_step) if distributed.is_leader() else NoLog())
+            log = distributed.leader_first(lambda: _open_log(workdir, first_step, check_ours))
             with contextlib.closing(log):
                 distributed.leader_first(
                     lambda: _claim(workdir, config, tokenizer, base, changes, log, first_step, say)
@@ -119,13 +120,19 @@ def _pack_text(config: Config, directory: Path, say: Callable[[str], None], init
 
 
 @contextlib.contextmanager
-def _leader_occupies(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of the workdir. Only the leader's process holds the lock, for all hosts of this run."""
+def _leader_occupies(workdir: Path) -> Iterator[Callable[[], None]]:
+    """Keeps other runs out of the workdir. Only the leader's process holds the lock, for all hosts of this run.
+
+    Gives what `occupied` gives; on other hosts, a function that does nothing.
+    """
     with contextlib.ExitStack() as stack:
-        distributed.leader_first(
-            lambda: stack.enter_context(occupied(workdir)) if distributed.is_leader() else None,
+        yield distributed.leader_first(
+            lambda: stack.enter_context(occupied(workdir)) if distributed.is_leader() else lambda: None,
         )
-        yield
+
+
+def _open_log(workdir: Path, first_step: int, check_ours: Callable[[], None]) -> RunLog | NoLog:
+    return RunLog(workdir, first_step, check_ours) if distributed.is_leader() else NoLog()
 
 
 def _describe_start(config: Config, first_step: int) -> str:
@@ -225,6 +232,7 @@ class _Run:
             if evaluating:
                 self._log_evaluations(step, self._evaluate(state))
             if saving or stopping:
+                self.log.flush()  # which ends a run whose workdir another process has taken over
                 self.checkpoints.save(state)
             if stopping:
                 break

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import numpy as np
 from lsjax.data.corpus import HELD_OUT
 from lsjax.errors import UserError
 from lsjax.evaluation.exits import ExitProfile
-from lsjax.files import write_atomically
+from lsjax.files import path_of, write_atomically
 from lsjax.training.log_errors import named_errors
+from lsjax.training.mirror import Mirror
 from lsjax.training.step import StepMetrics
+
+_METRICS, _EVALUATIONS, _CHANGES = "metrics.jsonl", "evaluations.jsonl", "changes.jsonl"
 
 
 def describe_step(step: int, metrics: StepMetrics, tokens_per_second: float) -> dict[str, Any]:
@@ -53,22 +57,33 @@ def describe_evaluation(step: int, profile: ExitProfile, name: str = HELD_OUT) -
     return {"step": step} | ({} if name == HELD_OUT else {"set": name}) | by_exit
 
 
+def _is_ours() -> None: ...
+
+
 class RunLog:
     """The log files of a workdir. Opening them removes the records after `last_step`, which the run will write again.
 
-    last_step: step of the checkpoint that the run resumes from. Raises UserError when a file is damaged.
+    In a bucket, records appear from time to time, and all of them at `flush`.
+
+    last_step: step of the checkpoint that the run resumes from.
+    check_ours: raises UserError when another process has taken the workdir over. Then nothing more is uploaded.
+
+    Raises UserError when a file is damaged.
     """
 
-    def __init__(self, workdir: Path, last_step: int):
-        self._metrics = _JsonLines(Path(workdir) / "metrics.jsonl", last_step)
-        self._evaluations = _JsonLines(Path(workdir) / "evaluations.jsonl", last_step)
-        self._changes_path, self._last_step = Path(workdir) / "changes.jsonl", last_step
-        self._events = _open_events(Path(workdir) / "tensorboard", last_step)
+    def __init__(self, workdir: Path, last_step: int, check_ours: Callable[[], None] = _is_ours):
+        self._mirror = Mirror(path_of(workdir), (_METRICS, _EVALUATIONS, _CHANGES), check_ours)
+        folder = self._mirror.path
+        self._metrics = _JsonLines(folder / _METRICS, last_step)
+        self._evaluations = _JsonLines(folder / _EVALUATIONS, last_step)
+        self._changes_path, self._last_step = folder / _CHANGES, last_step
+        self._events = _open_events(folder / "tensorboard", last_step)
 
     def write_step(self, record: dict[str, Any]) -> None:
         """Appends one record of `describe_step`."""
         self._metrics.append(record)
         self._events.append(record, "training/")
+        self._mirror.upload_when_due()
 
     def write_evaluation(self, record: dict[str, Any]) -> None:
         """Appends one record of `describe_evaluation`."""
@@ -82,10 +97,15 @@ class RunLog:
         changes.append(record)
         changes.close()
 
+    def flush(self) -> None:
+        """Makes all records so far visible to others."""
+        self._mirror.upload()
+
     def close(self) -> None:
         """Flushes and closes every file."""
         for part in (self._metrics, self._evaluations, self._events):
             part.close()
+        self._mirror.close()
 
 
 def _open_events(folder: Path, last_step: int) -> Any:
@@ -114,6 +134,8 @@ class NoLog:
     def write_evaluation(self, record: dict[str, Any]) -> None: ...
 
     def write_changes(self, record: dict[str, Any]) -> None: ...
+
+    def flush(self) -> None: ...
 
     def close(self) -> None: ...
 

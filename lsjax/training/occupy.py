@@ -3,37 +3,39 @@
 import contextlib
 import fcntl
 import os
-import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lsjax.errors import UserError
-from lsjax.files import make_folder, remove_interrupted_writes
+from lsjax.files import in_bucket, make_folder, remove, remove_interrupted_writes
 from lsjax.io.workdir import CONFIG
+from lsjax.training.lease import leased
 
 _LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def occupied(workdir: Path) -> Iterator[None]:
+def occupied(workdir: Path) -> Iterator[Callable[[], None]]:
     """Creates `workdir` and keeps every other process out of it until the end of the context.
+
+    Gives a function that raises UserError if, in a bucket, another process may have taken the workdir over.
 
     Files that a killed process left half-written are removed.
     A start that raises UserError before the workdir has a config.json leaves it as it was. Raises UserError when the
     workdir cannot be written or another process occupies it.
     """
-    missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    missing = [] if in_bucket(workdir) else [f for f in (workdir, *workdir.parents) if not f.exists()]
     try:
-        with _locked(workdir):
+        with _locked(workdir) as check:
             remove_interrupted_writes(workdir)
             before = set(workdir.iterdir())
             try:
-                yield
+                yield check
             except UserError:
                 if not (workdir / CONFIG).exists():
                     for path in set(workdir.iterdir()) - before:
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        remove(path)
                 raise
     except BaseException:
         with contextlib.suppress(OSError):  # not empty, or gone
@@ -43,7 +45,18 @@ def occupied(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
+def _locked(workdir: Path) -> Iterator[Callable[[], None]]:
+    if in_bucket(workdir):
+        make_folder(workdir, "workdir")
+        with leased(workdir) as lease:
+            yield lease.check
+    else:
+        with _file_locked(workdir):
+            yield lambda: None
+
+
+@contextlib.contextmanager
+def _file_locked(workdir: Path) -> Iterator[None]:
     """Holds an flock on a file in `workdir`, which the system releases when this process ends in whatever way."""
     path = workdir / _LOCK
     while True:

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from lsjax.training.mirror import Mirror
+
 _WARM_UP = 2  # untraced first steps: one compiles, the next fills the queue
 
 
@@ -17,14 +19,14 @@ class StepTrace:
 
     def __init__(self, folder: Path, first_step: int, steps: int):
         self.folder, self._steps = folder, steps
+        self._mirror: Mirror | None = None
         self._begin = first_step + _WARM_UP + 1
-        self._tracing = False
 
     def begin_step(self, step: int) -> jax.profiler.StepTraceAnnotation:
         """Starts the trace when it is due. Returns a context to run the step in."""
         if self._steps and step == self._begin:
-            jax.profiler.start_trace(self.folder)
-            self._tracing = True
+            self._mirror = Mirror(self.folder)
+            jax.profiler.start_trace(self._mirror.path)
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def end_step(self, step: int, results: Any) -> bool:
@@ -32,7 +34,7 @@ class StepTrace:
 
         results: arrays of the step. The trace ends only when they are computed, so it includes their work.
         """
-        if not self._tracing or step < self._begin + self._steps - 1:
+        if self._mirror is None or step < self._begin + self._steps - 1:
             return False
         jax.block_until_ready(results)
         self.close()
@@ -40,6 +42,7 @@ class StepTrace:
 
     def close(self) -> None:
         """Writes the trace if one is running."""
-        if self._tracing:
-            self._tracing = False
+        if self._mirror is not None:
+            mirror, self._mirror = self._mirror, None
             jax.profiler.stop_trace()
+            mirror.close()

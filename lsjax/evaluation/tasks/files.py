@@ -9,6 +9,7 @@ from lsjax.errors import UserError
 from lsjax.evaluation.scores import METRICS, exact_match, final_number, rouge
 from lsjax.evaluation.tasks.rows import read_rows, read_split, split_files
 from lsjax.evaluation.tasks.task import Example
+from lsjax.files import path_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ def few_shot_examples(
     keys = (question_key, answer_key)
     rows = list(enumerate(read_split(path, "test", keys), 1))
     shots: list[dict[str, str]] = []
-    if num_shots and Path(path).is_dir() and (files := split_files(path, "train")):
+    if num_shots and path_of(path).is_dir() and (files := split_files(path, "train")):
         shots = [row for file in files for row in read_rows(file, keys)][:num_shots]
     elif num_shots:
         shots, rows = [row for _, row in rows[:num_shots]], rows[num_shots:]

@@ -1,7 +1,5 @@
 """Turns the names of --tasks into tasks."""
 
-from pathlib import Path
-
 from lsjax.errors import UserError
 from lsjax.evaluation.scores import METRICS
 from lsjax.evaluation.tasks.docstrings import Docstrings
@@ -9,6 +7,7 @@ from lsjax.evaluation.tasks.files import Custom, Gsm8k, TopV2, cnn_dm, xsum
 from lsjax.evaluation.tasks.held_out_text import HeldOutText
 from lsjax.evaluation.tasks.human_eval import HumanEval
 from lsjax.evaluation.tasks.task import Task
+from lsjax.files import as_path
 
 NAMES = ("human_eval", "docstrings", "held_out_text", "cnn_dm", "xsum", "topv2", "gsm8k", "custom")
 FEW_SHOT = ("cnn_dm", "xsum", "topv2", "gsm8k")
@@ -22,7 +21,7 @@ def parse_task(text: str, num_shots: int | None = None, allow_code_execution: bo
     Raises UserError for an unknown name, and for a path that is missing or has no place.
     """
     name, _, rest = text.partition(":")
-    path = Path(rest).expanduser() if rest else None
+    path = as_path(rest, "the path in --tasks") if rest else None
     if name not in NAMES:
         raise UserError(f"--tasks: {name!r} is not one of {', '.join(NAMES)}")
     if name == "docstrings":
@@ -50,7 +49,7 @@ def _custom(rest: str) -> Custom:
     """Returns the task of "FILE.jsonl" or "FILE.jsonl:METRIC"."""
     file, colon, metric = rest.rpartition(":")
     if not colon or "." in metric or "/" in metric:
-        return Custom(Path(rest).expanduser())
+        return Custom(as_path(rest, "the path in --tasks"))
     if metric not in METRICS:
         raise UserError(f"--tasks: custom:{rest} names the metric {metric!r}; it must be one of {', '.join(METRICS)}")
-    return Custom(Path(file).expanduser(), metric)
+    return Custom(as_path(file, "the path in --tasks"), metric)

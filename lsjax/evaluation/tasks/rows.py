@@ -7,6 +7,7 @@ from pathlib import Path
 from lsjax.data.jsonl import is_jsonl, read_jsonl
 from lsjax.data.parquet import is_parquet, read_parquet
 from lsjax.errors import UserError
+from lsjax.files import path_of
 
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _LARGEST_FIELD = 2**24  # characters of one article; the csv module's own limit is 131,072
@@ -17,7 +18,7 @@ def read_rows(path: Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
 
     Raises UserError, with file and line, for a row without them, for another kind of file and for an empty one.
     """
-    path = Path(path)
+    path = path_of(path)
     if is_jsonl(path.name):
         rows = list(read_jsonl(path))
     elif is_parquet(path.name):
@@ -45,7 +46,7 @@ def read_split(path: Path, split: str, keys: tuple[str, ...]) -> list[dict[str, 
 
 def split_files(path: Path, split: str) -> list[Path]:
     """Returns the files of a split: `path` itself if it is a file, or those in the folder, by name."""
-    path = Path(path)
+    path = path_of(path)
     if path.is_file():
         return [path]
     if not path.is_dir():

@@ -11,7 +11,7 @@ from lsjax.experiments.ablation.figure import draw_ablation
 from lsjax.experiments.ablation.recipes import choose, recipes
 from lsjax.experiments.ablation.report import findings, outcomes, table
 from lsjax.experiments.ablation.run import run_all
-from lsjax.files import as_path, own_results
+from lsjax.files import disk_path, own_results
 from lsjax.reports.tables import print_table
 
 
@@ -27,7 +27,7 @@ def ablate(
         raise UserError("seeds must be numbers from 0 on, got none")
     for seed in seeds:
         check_seed(seed, "each of seeds")
-    workdir, layers = as_path(workdir, "workdir"), config.model.num_layers
+    workdir, layers = disk_path(workdir, "workdir"), config.model.num_layers
     if interrupted := run_all(config, workdir, choose(names, layers), seeds):
         return interrupted
     with own_results(workdir):  # result.json of a run, or step_times.json
