@@ -43,6 +43,8 @@ SMOKE = (
     "tests/cli/test_flags.py",
     "tests/cli/test_generate.py::test_one_prompt_is_streamed",
     "tests/cli/test_generate.py::test_drafts_leave_the_text",
+    "tests/data/test_bucket_data.py::test_shards_share_only_a_bucket",
+    "tests/training/test_bucket_runs.py::test_a_bucket_holds_what_a_disk_would",
     "tests/reports/test_tables.py",
     "tests/reports/test_layer_predictions.py::test_the_picture_is_a_png",
     "tests/decoding/test_sampling.py::test_filters_are_their_definitions",
