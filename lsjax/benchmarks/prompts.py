@@ -10,6 +10,7 @@ from lsjax.data.packed import NO_DOCUMENT, held_out_splits, read_manifest
 from lsjax.data.pipeline import read_records
 from lsjax.data.tokenizer import check_text
 from lsjax.errors import UserError
+from lsjax.files import path_of
 from lsjax.io import workdir as workdirs
 
 
@@ -32,7 +33,7 @@ def read_prompt_lines(path: Path) -> list[PromptLine]:
     Raises UserError, with file and line, for anything else.
     """
     lines = []
-    for number, row in read_jsonl(Path(path)):
+    for number, row in read_jsonl(path_of(path)):
         if not row.get("prompt"):
             raise UserError(f'{path}:{number}: "prompt" must be a non-empty text')
         prompt = check_text(row.pop("prompt"), f'{path}:{number}: "prompt"')

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from lsjax.decoding.strategies import INT8, SelfSpeculative, Strategy, label
 from lsjax.evaluation.bootstrap import Estimate, bootstrap, mean, median, ratio
 from lsjax.evaluation.tasks.held_out_text import HeldOutText, Window, window_bits
 from lsjax.evaluation.tasks.task import Example, Task
+from lsjax.files import path_of
 from lsjax.training.progress import format_duration
 
 Note = Callable[[str], None]
@@ -142,7 +142,7 @@ def measure_held_out_text(
 
 def held_out_windows(model: Model, task: HeldOutText) -> list[Window]:
     """Returns the windows of a held-out text task for a model."""
-    return task.windows(Path(model.path), model.tokenizer, model.config)
+    return task.windows(path_of(model.path), model.tokenizer, model.config)
 
 
 def _settings(name: str, strategy: Strategy, num_examples: int) -> dict[str, Any]:
