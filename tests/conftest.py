@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,10 @@ if importlib.util.find_spec("libtpu") is None:
 
 # A path that does not exist may be a name on the Hugging Face Hub. No test asks the Hub itself.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shell that starts the tests in the background, or nohup, leaves these signals ignored, also in what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 os.environ["PJRT_NPROC"] = "32"  # threads for devices that wait for each other: lsjax/cli/command.py says why
 

@@ -149,11 +149,12 @@ def test_a_conversion_onto_a_full_disk_is_one_line(form, limit, parts, all_input
     if not all_inputs and (form, limit) != ("lsjax", 3_000):
         pytest.skip("make test-fuzz runs all")
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    model = parts.huggingface  # made here if it is its first use, while there is room
     capfd.readouterr()
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(lsjax.UserError, match=r"cannot write .*out"):
-            convert(parts.huggingface, tmp_path / "out", form)
+            convert(model, tmp_path / "out", form)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     time.sleep(0.5)  # for threads that still write
