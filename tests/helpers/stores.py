@@ -93,6 +93,12 @@ def bucket_at(scheme: str, scratch: Path) -> Iterator[str]:
 
     scratch: the temporary folder of this process meanwhile.
     """
+    import fsspec
+    from etils.epath.backend import fsspec_backend
+
+    # fsspec and etils keep what they made for the server of an earlier module, which has ended.
+    fsspec.get_filesystem_class(scheme).clear_instance_cache()
+    type(fsspec_backend)._get_filesystem.cache_clear()
     with SERVERS[scheme]() as environment, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
