@@ -19,7 +19,7 @@ LOWEST_VENV ?= .venv-lowest
 COLAB_VENV ?= .venv-colab
 UV := $(RUN) -m uv
 
-.PHONY: demo demo-pretrained test test-slow test-fuzz notebooks parity test-parity test-ahead test-pythons test-lowest test-colab ahead lint format lock docs clean
+.PHONY: demo demo-pretrained test test-slow test-buckets test-fuzz notebooks parity test-parity test-ahead test-pythons test-lowest test-colab ahead lint format lock docs clean
 
 demo: $(READY)  ## A small model before and after LayerSkip: every exit, and the speed of decoding.
 	$(RUN) launch/demo.py --config=configs/demo.py --workdir=runs/demo
@@ -32,8 +32,13 @@ TESTS := $(RUN) -m pytest -n $(JOBS) --dist loadfile --ignore=tests/parity --ign
 test: $(READY)  ## The tests, except the slow proofs.
 	$(TESTS) -m "not slow"
 
+BUCKETS := tests/cli/test_bucket_commands.py tests/data/test_bucket_data.py tests/training/test_bucket_runs.py
+
 test-slow: $(READY)  ## The slow proofs.
-	$(TESTS) -m slow
+	$(TESTS) -m slow $(BUCKETS:%=--ignore=%)
+
+test-buckets: $(READY)  ## The slow proofs of workdirs in buckets: kills, several hosts, S3. `make test` has the quick ones.
+	$(TESTS) -m slow $(BUCKETS)
 
 test-fuzz: $(READY)  ## Every malformed input, and runs that are killed, started twice, damaged or out of disk.
 	$(RUN) -m pytest -n $(JOBS) --dist loadgroup tests/fuzz --all-inputs
