@@ -19,7 +19,7 @@ LOWEST_VENV ?= .venv-lowest
 COLAB_VENV ?= .venv-colab
 UV := $(RUN) -m uv
 
-.PHONY: demo demo-pretrained test test-slow test-buckets test-fuzz notebooks parity test-parity test-ahead test-pythons test-lowest test-colab ahead lint format lock docs clean
+.PHONY: demo demo-pretrained test test-slow test-buckets test-fuzz notebooks parity test-parity test-ahead test-ahead-slow test-pythons test-lowest test-colab ahead lint format lock docs clean
 
 demo: $(READY)  ## A small model before and after LayerSkip: every exit, and the speed of decoding.
 	$(RUN) launch/demo.py --config=configs/demo.py --workdir=runs/demo
@@ -89,7 +89,10 @@ test-colab: $(READY)  ## The notebooks in an environment like Google Colab's: it
 ahead: $(AHEAD)  ## The compilers for TPU and GPU, in an environment of their own: launch/compile_ahead.py.
 
 test-ahead: $(AHEAD)  ## Programs compiled for TPUs and GPUs that are not there.
-	$(AHEAD_VENV)/bin/python -m pytest -n $(JOBS) tests/ahead_of_time
+	$(AHEAD_VENV)/bin/python -m pytest -n $(JOBS) tests/ahead_of_time -m "not slow"
+
+test-ahead-slow: $(AHEAD)  ## The search for the fastest training step, which compiles for over five minutes.
+	$(AHEAD_VENV)/bin/python -m pytest tests/ahead_of_time -m slow
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -241,6 +241,7 @@ def test_decoding_at_the_exit_of_an_adapter_goes_through_it(strategy, drafted):
     assert adapted.flops["executed"] - plain.flops["executed"] == drafted * kernel
 
 
+@pytest.mark.slow
 def test_search_ends_at_what_does_not_fit():
     # Short sequences, since XLA:GPU without cuDNN takes half a minute per trial for long ones.
     config = shallow(
