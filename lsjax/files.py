@@ -167,7 +167,7 @@ def check_replaceable(path: Path, what: str, is_ours: Callable[[bytes], bool]) -
     """
     check_writable(path, what)
     if path.absolute().parent.parts[:2] in (("/", "proc"), ("/", "dev")) and path.parent.name != "shm":
-        raise UserError(f"cannot write {what} {path}: it is no place for files")
+        raise UserError(f"cannot write {what} {path}: that folder holds devices and processes, not files")
     if not path.exists():
         return
     if not path.is_file():
