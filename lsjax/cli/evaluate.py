@@ -35,7 +35,7 @@ def define_flags(flags: CommandFlags) -> None:
     flags.comma_list(
         "tasks",
         "docstrings",
-        "docstrings, human_eval, held_out_text[:FILE], cnn_dm:PATH, xsum:PATH, topv2:PATH, gsm8k:PATH, "
+        "docstrings[:FILE], human_eval[:FILE], held_out_text[:FILE], cnn_dm:PATH, xsum:PATH, topv2:PATH, gsm8k:PATH, "
         "custom:FILE.jsonl[:METRIC].",
     )
     flags.comma_list(

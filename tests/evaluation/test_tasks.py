@@ -1,6 +1,7 @@
 """Tasks: examples from files in each data set's format, prompts, scores, and errors that name the file and line."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -127,6 +128,32 @@ def test_docstrings_are_first_lines_and_stand_in_no_prompt():
         assert example.prompt.endswith("\n\n# What the function above does, in one line:\n#")
 
 
+def test_examples_to_train_on_are_none_of_the_tests(tmp_path):
+    script = Path(__file__).parents[2] / "examples" / "docstrings" / "build.py"
+    subprocess.run([sys.executable, script, f"--output={tmp_path / 'new'}"], check=True)
+    rows = [json.loads(line) for line in (tmp_path / "new" / "train.jsonl").read_text().splitlines()]
+    tests = parse_task(f"docstrings:{tmp_path / 'new' / 'test.jsonl'}").examples()
+    assert 0.03 < len(tests) / len(rows) < 0.3
+    assert not {row["prompt"] for row in rows} & {example.prompt for example in tests}
+    assert {example.prompt for example in Docstrings().examples()} <= {example.prompt for example in tests}
+    assert all(row["completion"] == f" {row['completion'].strip()}\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no examples"),
+        ('{"prompt": "a"}\n', r":1.*completion"),
+        ('{"prompt": 1, "completion": ""}\n', ":1.*prompt"),
+    ],
+)
+def test_a_file_of_docstrings_that_is_wrong_is_named(tmp_path, content, message):
+    path = tmp_path / "test.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        parse_task(f"docstrings:{path}").examples()
+
+
 def test_a_prompt_is_the_function_without_docstring_and_comments():
     import ast
 
@@ -189,7 +216,6 @@ def test_a_run_gives_the_text_that_it_held_out(tiny_run, tmp_path):
         ("magic", "--tasks: 'magic' is not one of human_eval, docstrings"),
         ("xsum", "--tasks: xsum reads your files: write xsum:PATH"),
         ("custom", "write custom:FILE.jsonl"),
-        ("docstrings:x", "takes no file"),
         ("custom:{tmp}/a.jsonl:bleu", "names the metric 'bleu'; it must be one of exact_match, contains, rouge1"),
         ("custom:{tmp}/no.jsonl", "no.jsonl"),
         ("custom:{tmp}/rows.jsonl", 'rows.jsonl:1: want a JSON object with a "prompt" string'),

@@ -25,9 +25,7 @@ def parse_task(text: str, num_shots: int | None = None, allow_code_execution: bo
     if name not in NAMES:
         raise UserError(f"--tasks: {name!r} is not one of {', '.join(NAMES)}")
     if name == "docstrings":
-        if path:
-            raise UserError(f"--tasks: docstrings reads the standard library and takes no file, got {text!r}")
-        return Docstrings()
+        return Docstrings(path)
     if name == "human_eval":
         return HumanEval(path, execute=allow_code_execution)
     if name == "held_out_text":
