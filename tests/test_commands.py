@@ -357,7 +357,7 @@ def test_training_is_timed(tmp_path):
     assert [run["name"] for run in json.loads(report.read_text())["runs"]] == ["lsjax"]
     result = run("benchmark_training.py", *how, "--compare=tensorflow")
     assert result.returncode == 2
-    assert result.stderr == "benchmark_training.py: --compare: 'tensorflow' is not one of pytorch, compiled\n"
+    assert result.stderr == "benchmark_training.py: --compare: 'tensorflow' is not one of pytorch, compiled, full\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,8 +1,8 @@
-"""Times a training step beside the same step of baselines: same weights, batches, schedules and random numbers."""
+"""Times a training step beside the same step of others: same weights, batches, schedules and random numbers."""
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,13 +49,26 @@ class JaxTraining:
         self.mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
         with jax.set_mesh(self.mesh):
             self.state = jax.jit(lambda: init_state(config), out_shardings=state_shardings(config, self.mesh))()
-        self.run = make_train_step(config, self.mesh)
+        self.jitted = make_train_step(config, self.mesh)
+        self.compiled: Any = None  # from the first step on
 
     def step(self, inputs: StepInputs) -> float:
         """Makes one update, and returns the loss before it."""
         with jax.set_mesh(self.mesh):
-            self.state, metrics = self.run(self.state, jax.device_put(inputs.batch, batch_sharding(self.mesh)))
+            batch = jax.device_put(inputs.batch, batch_sharding(self.mesh))
+            self.compiled = self.compiled or self.jitted.lower(self.state, batch).compile()
+            self.state, metrics = self.compiled(self.state, batch)
         return float(jax.block_until_ready((self.state, metrics))[1].loss)
+
+    def memory(self) -> int:
+        """Returns the bytes that the compiled step needs: state, batch, gradients and activations."""
+        sizes = self.compiled.memory_analysis()
+        return (
+            sizes.argument_size_in_bytes
+            + sizes.temp_size_in_bytes
+            + sizes.output_size_in_bytes
+            - sizes.alias_size_in_bytes
+        )
 
 
 def benchmark_training(
@@ -63,20 +76,23 @@ def benchmark_training(
     steps: int,
     warmup: int,
     baselines: MakeBaselines | None = None,
+    variants: Mapping[str, Config] | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Times `steps` training steps of ours and of each baseline, which take turns at every step.
+    """Times `steps` training steps of ours, of each variant and of each baseline, which take turns at every step.
 
     All begin at step 0. The first `warmup` steps, which include compilation, are not timed.
     baselines: is given our first parameters, and returns the baselines' steps by name.
+    variants: other configurations of our own step, by name.
     note: receives lines of progress.
 
-    Returns {"runs": [{"name", "seconds", "ms_per_step", "tokens_per_second", "times_ours", "losses"}, ...], ...}.
-    `ms_per_step` is the median over the steps. `times_ours` is the median over the steps of the baseline's time
-    divided by our time for the same step.
+    Returns {"runs": [{"name", "seconds", "ms_per_step", "tokens_per_second", "times_ours", "memory", "losses"}, ...],
+    ...}. `ms_per_step` is the median over the steps. `times_ours` is the median over the steps of the other's time
+    divided by our time for the same step. `memory` is in bytes, and null for baselines.
     """
-    ours = JaxTraining(config)
-    step_of = {"lsjax": ours.step} | (baselines(jax.device_get(ours.state.params)) if baselines else {})
+    own = {name: JaxTraining(settings) for name, settings in ({"lsjax": config} | dict(variants or {})).items()}
+    step_of: dict[str, Step] = {name: training.step for name, training in own.items()}
+    step_of |= baselines(jax.device_get(own["lsjax"].state.params)) if baselines else {}
     seconds: dict[str, list[float]] = {name: [] for name in step_of}
     losses: dict[str, list[float]] = {name: [] for name in step_of}
     progress = _Progress(warmup, steps, note)
@@ -91,6 +107,8 @@ def benchmark_training(
     tokens = config.training.batch_size * config.training.sequence_length
     timed = {name: taken[warmup:] for name, taken in seconds.items()}
     runs = [_run(name, taken, timed["lsjax"], losses[name], tokens) for name, taken in timed.items()]
+    for run in runs:
+        run["memory"] = own[run["name"]].memory() if run["name"] in own else None
     return {"device": jax.devices()[0].device_kind, "steps": steps, "warmup": warmup, "runs": runs}
 
 

@@ -5,16 +5,22 @@
     --compare=pytorch,compiled
   lsjax benchmark_training --config=scratch \\
     --config.training.rematerialize=layer
+  lsjax benchmark_training --config=scratch \\
+    --config.training.lora_rank=16 --compare=full
 
-Random parameters and random words, on one device: no corpus is read and nothing is kept. --compare=pytorch takes the
-Llama of transformers (its attention by scaled_dot_product_attention) with fused AdamW, on the CPU; compiled is the same
-by torch.compile. Both need PyTorch and transformers: `make parity` installs them. They get the same weights, batches,
-dropped layers, exits and learning rates. They compute in float32, or where our products are in bfloat16 by PyTorch's
-own mixed precision, which rounds attention and logits too (--config.training.compute_dtype says which). All take each
-step in turns. The losses of the first and of the last step show that it is the same step: they agree up to rounding,
-which training then magnifies.
+Random parameters and random words, on one device: no corpus is read and nothing is kept. All take each step in turns.
+
+--compare=pytorch takes the Llama of transformers (its attention by scaled_dot_product_attention) with fused AdamW, on the
+CPU; compiled is the same by torch.compile. Both need PyTorch and transformers: `make parity` installs them. They get the
+same weights, batches, dropped layers, exits and learning rates. They compute in float32, or where our products are in
+bfloat16 by PyTorch's own mixed precision, which rounds attention and logits too (--config.training.compute_dtype says
+which). The losses of the first and of the last step show that it is the same step: they agree up to rounding, which
+training then magnifies.
+
+--compare=full is our own step with every parameter trained, beside LoRA or frozen parameters.
 """
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +30,8 @@ from lsjax.errors import UserError
 if TYPE_CHECKING:
     from lsjax.config import Config
 
-_BASELINES = ("pytorch", "compiled")
+_TORCH = ("pytorch", "compiled")
+_BASELINES = (*_TORCH, "full")
 
 
 def define_flags(flags: CommandFlags) -> None:
@@ -33,7 +40,7 @@ def define_flags(flags: CommandFlags) -> None:
     flags.config()
     flags.integer("steps", 24, "Steps to time.", at_least=1)
     flags.integer("warmup", 8, "Steps before them that are not timed; the first ones compile.", at_least=1)
-    flags.comma_list("compare", "", f"Also time {' or '.join(_BASELINES)} (PyTorch by torch.compile), or both.")
+    flags.comma_list("compare", "", "Also time pytorch, compiled (PyTorch by torch.compile), full, or several of them.")
     flags.group("Output")
     flags.path("report", None, "Write every step's seconds and loss to this JSON file.")
 
@@ -50,14 +57,24 @@ def main(arguments: Arguments) -> None:
         raise UserError(f"--compare: {unknown[0]!r} is not one of {', '.join(_BASELINES)}")
     check_report(arguments.report, "runs")
 
-    def make_baselines(params: Any) -> dict[str, Any]:
-        return _make_baselines(config, params, arguments.compare)
+    variants = {"full": _full(config)} if "full" in arguments.compare else {}
+    torch_names = [name for name in arguments.compare if name in _TORCH]
 
-    report = benchmark_training(config, arguments.steps, arguments.warmup, baselines=make_baselines, note=print)
+    def make_baselines(params: Any) -> dict[str, Any]:
+        return _make_baselines(config, params, torch_names) if torch_names else {}
+
+    report = benchmark_training(config, arguments.steps, arguments.warmup, make_baselines, variants, print)
     print_table(training_table(report))
     if arguments.report:
         write_atomically(path_of(arguments.report), json.dumps(report, indent=2))
         print(f"report: {arguments.report}")
+
+
+def _full(config: "Config") -> "Config":
+    """Returns the configuration with every parameter trained. Raises UserError where they are trained already."""
+    if not config.training.lora_rank and not config.training.frozen:
+        raise UserError("--compare=full: this configuration trains everything; set --config.training.lora_rank")
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, lora_rank=0, frozen=""))
 
 
 def _make_baselines(config: "Config", params: Any, names: list[str]) -> dict[str, Any]:

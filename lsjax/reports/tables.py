@@ -213,11 +213,12 @@ def training_table(report: dict[str, Any]) -> Table:
     """Returns a training report as a table, one row per run."""
     last_step = report["warmup"] + report["steps"]
     table = Table(title=f"A training step on {report['device']}", title_justify="left")
-    for name in ("", "ms/step", "tokens/s", "time over ours", "loss of step 1", f"of step {last_step}"):
+    for name in ("", "ms/step", "tokens/s", "time over ours", "memory", "loss of step 1", f"of step {last_step}"):
         table.add_column(name, justify="right" if name else "left")
     for run in report["runs"]:
         figures = f"{run['ms_per_step']:.1f}", f"{run['tokens_per_second']:.0f}", f"{run['times_ours']:.2f}"
-        table.add_row(run["name"], *figures, f"{run['losses'][0]:.5f}", f"{run['losses'][-1]:.5f}")
+        memory = "" if run["memory"] is None else f"{run['memory'] / 1e9:.2f} GB"
+        table.add_row(run["name"], *figures, memory, f"{run['losses'][0]:.5f}", f"{run['losses'][-1]:.5f}")
     return table
 
 
