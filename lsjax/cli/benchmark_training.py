@@ -10,12 +10,12 @@
 
 Random parameters and random words, on one device: no corpus is read and nothing is kept. All take each step in turns.
 
---compare=pytorch takes the Llama of transformers (its attention by scaled_dot_product_attention) with fused AdamW, on the
-CPU; compiled is the same by torch.compile. Both need PyTorch and transformers: `make parity` installs them. They get the
-same weights, batches, dropped layers, exits and learning rates. They compute in float32, or where our products are in
-bfloat16 by PyTorch's own mixed precision, which rounds attention and logits too (--config.training.compute_dtype says
-which). The losses of the first and of the last step show that it is the same step: they agree up to rounding, which
-training then magnifies.
+--compare=pytorch takes the Llama of transformers (its attention by scaled_dot_product_attention) with fused AdamW, on
+the CPU; compiled is the same by torch.compile. Both need PyTorch and transformers: `make parity` installs them. They
+get the same weights, batches, dropped layers, exits and learning rates. They compute in float32, or where our products
+are in bfloat16 by PyTorch's own mixed precision, which rounds attention and logits too (--config.training.compute_dtype
+says which). The losses of the first and of the last step show that it is the same step: they agree up to rounding,
+which training then magnifies.
 
 --compare=full is our own step with every parameter trained, beside LoRA or frozen parameters.
 """
