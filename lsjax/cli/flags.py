@@ -24,6 +24,7 @@ HELP = ("--help", "-help", "-h")
 CONFIG = "config"
 
 _NO_CONFIG = "get_config() of the file of --config returns nothing; it must return a ConfigDict"
+_REPEATED = 'The last value of a flag counts, so a script may set defaults before "$@".'
 _WIDTH = 79
 _COLUMN = 28  # where the help of a flag begins
 
@@ -186,18 +187,19 @@ class CommandFlags:
                 raise UserError(f"--{name} has no value: write --{name}=... (see --help)")
 
     def _with_config(self, arguments: list[str]) -> list[str]:
-        """Returns the arguments with the path of the configuration in place of its name, and defines --config."""
-        for index, argument in enumerate(arguments):
-            flag, equals, value = argument.partition("=")
+        """Returns the arguments with the path of the last --config first, and defines --config.
+
+        ml_collections wants the file before its keys, and a later file would undo keys that stand before it.
+        """
+        rest, value = [], self._config_default
+        words = iter(arguments)
+        for word in words:
+            flag, equals, text = word.partition("=")
             if flag in (f"--{CONFIG}", f"-{CONFIG}"):
-                if equals:
-                    arguments[index] = f"{flag}={find_config(value)}"
-                elif index + 1 < len(arguments):
-                    arguments[index + 1] = find_config(arguments[index + 1])
-                break
-        else:
-            if self._config_default is not None:
-                arguments = [f"--{CONFIG}={find_config(self._config_default)}", *arguments]
+                value = text if equals else next(words, "")
+            else:
+                rest.append(word)
+        arguments = rest if value is None else [f"--{CONFIG}={find_config(value)}", *rest]
         # ml_collections keeps the file as a module, and would find an earlier file's get_config in a process that runs
         # several commands.
         sys.modules.pop(f"{CONFIG}_config", None)
@@ -211,7 +213,8 @@ class CommandFlags:
 
     def help_text(self) -> str:
         """Returns the groups of flags, one flag per line or paragraph, within 79 columns."""
-        return "\n\n".join("\n".join([title, *map(_flag_lines, lines)]) for title, lines in self._groups.items())
+        groups = ["\n".join([title, *map(_flag_lines, lines)]) for title, lines in self._groups.items()]
+        return "\n\n".join([*groups, _REPEATED])
 
 
 def _flag_lines(line: tuple[str, str]) -> str:

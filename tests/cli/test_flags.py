@@ -73,13 +73,20 @@ def test_a_flag_without_effect_is_refused_only_when_it_was_given(flags):
 
 def test_help_lists_the_flags_in_their_groups_within_80_columns(flags):
     text = flags.help_text()
-    first, second = text.split("\n\n")
+    first, second, last = text.split("\n\n")
     assert first.splitlines()[0] == "First"
     assert "  --model=PATH              Where the model is. (required)" in first
     assert "(default: 1,2)" in first
     assert "--exit_layer=N|auto" in second
     assert "--chat " in second
+    assert last == 'The last value of a flag counts, so a script may set defaults before "$@".'
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_last_value_of_a_flag_counts(flags):
+    given = ["--model=x", "--exit_layer=2", "--sizes=1,2", "--chat", "--exit_layer", "3", "--sizes=4", "--nochat"]
+    arguments = flags.parse(given)
+    assert (arguments.exit_layer, arguments.chat, arguments.integers("sizes")) == (3, False, (4,))
 
 
 def parse_config(*arguments):
@@ -130,3 +137,15 @@ def test_a_default_configuration_may_be_changed_by_key():
     flags.group("What to train")
     flags.config(default="demo")
     assert flags.parse(["--config.training.seed=9"]).read_config().training.seed == 9
+
+
+@pytest.mark.parametrize("form", ["--config={}", "--config {}"])
+@pytest.mark.parametrize(("first", "last"), [("ablate", "scratch"), ("scratch", "ablate"), ("nowhere", "ablate")])
+def test_the_last_configuration_counts_and_keys_stay_wherever_they_stand(form, first, last):
+    wanted = parse_config(f"--config={last}", "--config.training.seed=5", "--config.data.text_key=words")
+    keys = ("--config.training.seed=3", "--config.training.seed=5", "--config.data.text_key=words")
+    files = (form.format(first).split(), form.format(last).split())
+    assert parse_config(keys[0], *files[0], *keys[1:], *files[1]) == wanted
+    assert parse_config(*files[0], *keys, *files[1]) == wanted
+    assert parse_config(*files[0], *files[1], *keys) == wanted
+    assert wanted.model.num_layers == {"scratch": 12, "ablate": 8}[last]
