@@ -26,6 +26,7 @@ CONFIG = "config"
 _NO_CONFIG = "get_config() of the file of --config returns nothing; it must return a ConfigDict"
 _REPEATED = 'The last value of a flag counts, so a script may set defaults before "$@".'
 _WIDTH = 79
+_ABSL_FLAGS = ("flagfile", "undefok")
 _COLUMN = 28  # where the help of a flag begins
 
 
@@ -179,9 +180,14 @@ class CommandFlags:
         return Arguments(self._values)
 
     def _check_values(self, arguments: Sequence[str]) -> None:
-        """Raises UserError for a flag without a value, before absl takes the flag that follows it for one."""
+        """Raises UserError for a flag without a value, before absl takes the flag that follows it for one.
+
+        And for absl's own flags, which read any file as flags, or let pass a flag that does not exist.
+        """
         for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
             name = argument.lstrip("-")
+            if argument.startswith("-") and name.partition("=")[0] in _ABSL_FLAGS:
+                raise UserError(f"unknown flag --{name.partition('=')[0]} (see --help)")
             is_flag = argument.startswith("-") and name in self._values and not self._values[name].boolean
             if (is_flag or argument == f"--{CONFIG}") and following.startswith("--"):
                 raise UserError(f"--{name} has no value: write --{name}=... (see --help)")

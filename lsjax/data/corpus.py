@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from lsjax.config import DataConfig
 from lsjax.data.compressed import READ_ERRORS, is_compressed, open_bytes, unreadable
-from lsjax.data.jsonl import is_jsonl
+from lsjax.data.jsonl import is_jsonl, read_line
 from lsjax.data.parquet import is_parquet, row_group_count
 from lsjax.data.token_files import is_token_file, open_tokens
 from lsjax.errors import UserError
@@ -202,10 +202,10 @@ def blocks_of(unit: Unit) -> Iterator[Block]:
     path = path_of(piece.path)
     try:
         with path.open("rb") as raw, open_bytes(path, raw) as file:
-            data, before = _read_block(file), 0
+            data, before = _read_block(file, path), 0
             while data or part == 0:
                 after = raw.tell()
-                following = _read_block(file)
+                following = _read_block(file, path)
                 content = piece._replace(data=data, lines_before=lines)
                 yield Block(unit.number, part, not following, (content,), after - before, unit.splits)
                 lines, part, before, data = lines + data.count(b"\n"), part + 1, after, following
@@ -213,8 +213,8 @@ def blocks_of(unit: Unit) -> Iterator[Block]:
         raise unreadable(path, error) from None
 
 
-def _read_block(file: Any) -> bytes:
-    return file.read(BLOCK_BYTES) + file.readline()
+def _read_block(file: Any, path: Path) -> bytes:
+    return file.read(BLOCK_BYTES) + read_line(file, path)
 
 
 def list_corpus(config: DataConfig, key: str = "corpus") -> Corpus:

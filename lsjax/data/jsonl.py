@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lsjax.data.compressed import READ_ERRORS, open_bytes, plain_name, unreadable
 from lsjax.data.tokenizer import check_text
@@ -14,6 +14,7 @@ _SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _COUNTED_AT_ONCE = 1 << 20
+LONGEST_LINE = 1 << 28  # bytes; a line of a pipe, a device or a small archive may be without end
 
 
 def is_jsonl(name: str) -> bool:
@@ -44,15 +45,21 @@ def read_lines(
         with open_bytes(path) if data is None else io.BytesIO(data) as file:
             if start and data is None:
                 file.seek(start - 1)
-                file.readline()  # the rest of a line that began before `start`
+                read_line(file, path)  # the rest of a line that began before `start`
             position = file.tell() if start and data is None else 0
-            for line in file:
-                if end is not None and position >= end:
-                    return
+            while (end is None or position < end) and (line := read_line(file, path)):
                 yield line if position or not is_first else without_mark(line, path)
                 position += len(line)
     except READ_ERRORS as error:
         raise unreadable(path, error) from None
+
+
+def read_line(file: BinaryIO, path: Path) -> bytes:
+    """Returns the next line of an open file, or b"" at its end. Raises UserError for one over LONGEST_LINE."""
+    line = file.readline(LONGEST_LINE)
+    if len(line) == LONGEST_LINE:
+        raise UserError(f"{path} holds a line of {LONGEST_LINE:,} bytes or more, which is no JSON object of a text")
+    return line
 
 
 def count_lines(path: Path, start: int) -> int:

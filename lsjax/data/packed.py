@@ -8,7 +8,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from lsjax.data.sources import is_train_split
 from lsjax.errors import UserError
-from lsjax.files import in_bucket, path_of
+from lsjax.files import check_not_pointer, in_bucket, path_of
 from lsjax.scratch import local_copy, say
 
 MANIFEST = "manifest.json"
@@ -24,6 +24,7 @@ def read_manifest(directory: Path) -> dict | None:
     try:
         if not path.exists():
             return None
+        check_not_pointer(path)
         manifest = json.loads(path.read_bytes())
         splits = list(manifest["splits"])
         if len({is_train_split(split) for split in splits}) < 2:

@@ -13,7 +13,7 @@ import numpy as np
 from lsjax.data.corpus import HELD_OUT
 from lsjax.errors import UserError
 from lsjax.evaluation.exits import ExitProfile
-from lsjax.files import path_of, write_atomically
+from lsjax.files import check_not_pointer, path_of, write_atomically
 from lsjax.training.log_errors import named_errors
 from lsjax.training.mirror import Mirror
 from lsjax.training.step import StepMetrics
@@ -170,5 +170,6 @@ def read_complete_lines(path: Path) -> list[str]:
     """
     if not path.exists():
         return []
+    check_not_pointer(path)
     text = path.read_text(encoding="utf-8")
     return text[: text.rfind("\n") + 1].splitlines()

@@ -11,7 +11,7 @@ import numpy as np
 from lsjax.config import ModelConfig
 from lsjax.data.batch import Batch
 from lsjax.data.examples import all_learned
-from lsjax.data.jsonl import is_jsonl, read_jsonl, text_of
+from lsjax.data.jsonl import LONGEST_LINE, is_jsonl, read_jsonl, text_of
 from lsjax.data.packed import held_out_splits, read_manifest
 from lsjax.data.packers import Packer
 from lsjax.data.pipeline import held_out_batches, unpack
@@ -96,7 +96,11 @@ def _texts(path: Path) -> list[str]:
     if is_jsonl(path.name):
         return [text_of(row, "text", f"{path}:{number}") for number, row in read_jsonl(path)]
     try:
-        return [path.read_text(encoding="utf-8-sig")]
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(LONGEST_LINE)
+        if len(text) == LONGEST_LINE:  # a pipe or a device may be without end
+            raise UserError(f"{path} holds {LONGEST_LINE:,} characters or more: give a part of it")
+        return [text]
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
     except OSError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from lsjax.data.jsonl import is_jsonl, read_jsonl
 from lsjax.data.parquet import is_parquet, read_parquet
 from lsjax.errors import UserError
-from lsjax.files import path_of
+from lsjax.files import check_not_pointer, path_of
 
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _LARGEST_FIELD = 2**24  # characters of one article; the csv module's own limit is 131,072
@@ -50,7 +50,7 @@ def split_files(path: Path, split: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} {'is a pipe or a device' if path.exists() else 'does not exist'}")
     word = re.compile(rf"(?:^|[^a-z]){re.escape(split)}(?:[^a-z]|$)")
     known = [file for file in path.iterdir() if _is_known(file)]
     return sorted(file for file in known if word.search(file.name))
@@ -63,6 +63,7 @@ def _is_known(file: Path) -> bool:
 def _read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
     before = csv.field_size_limit(_LARGEST_FIELD)
     try:
+        check_not_pointer(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
             quoting = csv.QUOTE_MINIMAL if path.suffix.lower() == ".csv" else csv.QUOTE_NONE
             reader = csv.DictReader(file, delimiter=_TABLES[path.suffix.lower()], quoting=quoting)
