@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import math
 import typing
 from typing import Any, TypeVar
@@ -35,6 +36,29 @@ def check_seed(seed: Any, name: str) -> int:
     require(seed >= 0, f"{name} must not be negative, got {shown(seed)}")
     require(seed <= MAX_SEED, f"{name} must be at most {MAX_SEED} (2**32 - 1), got {shown(seed)}")
     return seed
+
+
+def length_of(values: Any, name: str) -> int:
+    """Returns the length of a list, or of an object of any class. Raises UserError, with `name` in it, for none."""
+    try:
+        return len(values)
+    except Exception as error:  # of a class of the caller's own
+        raise UserError(f"{name} cannot be read: {shown(error)}") from error
+
+
+def entries_of(values: Any, name: str) -> list[Any]:
+    """Returns the entries of a list, an array (as Python's own values), or an object of any class, read once.
+
+    Raises UserError, with `name` in it, when they cannot be read, or when there are not as many as its length says.
+    """
+    try:
+        values = values.tolist() if hasattr(values, "tolist") else values
+        count = len(values)
+        found = list(itertools.islice(values, count + 1))
+    except Exception as error:  # of a class of the caller's own
+        raise UserError(f"{name} cannot be read: {shown(error)}") from error
+    require(len(found) == count, f"{name} cannot be read: its length is {count}, but it has other entries")
+    return found
 
 
 def build_dataclass(cls: type[T], tree: Any, path: str) -> T:

@@ -126,10 +126,13 @@ def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> "TypeIs[Prompt]":
     """Returns whether `prompts` is one text, or the token ids of one."""
     if isinstance(prompts, str):
         return True
-    if not hasattr(prompts, "__len__") or getattr(prompts, "ndim", 1) == 0:  # an array of one number has no length
+    if not hasattr(prompts, "__len__"):
         return False
     # The first entry tells; the others are looked at when the prompt is read, whose length is bounded.
-    return len(prompts) > 0 and isinstance(next(iter(prompts)), numbers.Integral)
+    try:
+        return len(prompts) > 0 and isinstance(next(iter(prompts)), numbers.Integral)
+    except Exception:  # an array of one number has no length; what cannot be read is refused as a list of prompts
+        return False
 
 
 def _pieces(model: Model, batch: PromptBatch, program: DecodeProgram) -> Iterator[Piece]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lsjax.checks import entries_of, length_of
 from lsjax.decoding.model import Model, check_model_type
 from lsjax.decoding.per_prompt import freeze, is_list_per_prompt, is_per_prompt, named_values, one_per_prompt
 from lsjax.decoding.sampling import Coupled, Greedy, Sampled, Sampler
@@ -56,7 +57,9 @@ class GenerationConfig:
     batch_size: int | None = None
 
     def __post_init__(self):
-        for name, value in named_values("max_new_tokens", freeze(self.max_new_tokens)):
+        for name in ("max_new_tokens", "stop", "stop_tokens"):
+            object.__setattr__(self, name, freeze(name, getattr(self, name)))
+        for name, value in named_values("max_new_tokens", self.max_new_tokens):
             check_whole_number(name, value, least=1)
         if self.batch_size is not None:
             check_whole_number("batch_size", self.batch_size, least=1)
@@ -133,8 +136,8 @@ class PromptBatch(NamedTuple):
     def make(cls, model: Model, prompts: Sequence[Prompt], request: GenerationConfig) -> "PromptBatch":
         """Tokenizes and pads prompts. Raises UserError for a prompt that is empty, too long or no text or ids."""
         check_model_type(model)
-        check_prompts(prompts)
-        limits = one_per_prompt("max_new_tokens", freeze(request.max_new_tokens), len(prompts))
+        prompts = checked_prompts(prompts)
+        limits = one_per_prompt("max_new_tokens", request.max_new_tokens, len(prompts))
         stop_token_ids, stop_texts = _endings(model, request, len(prompts))
         rows = [
             encode_prompt(model, index, prompt, limit)
@@ -183,21 +186,23 @@ def _endings(model: Model, request: GenerationConfig, count: int) -> tuple[np.nd
     return np.array(padded, np.int32), tuple(texts)
 
 
-def check_prompts(prompts: Any) -> None:
-    """Raises UserError unless `prompts` is a list, or something else of a known length, with at least one prompt."""
+def checked_prompts(prompts: Any) -> list[Any]:
+    """Returns prompts as a list. Raises UserError unless they are one, or have a known length, of at least 1."""
     if (
         isinstance(prompts, str | bytes | set | frozenset | range | Mapping)
         or not hasattr(prompts, "__len__")
         or getattr(prompts, "ndim", 1) == 0
     ):
         raise UserError(f"prompts must be a list of texts or token lists, got {shown(prompts)}")
-    if not len(prompts):
+    prompts = entries_of(prompts, "prompts")
+    if not prompts:
         raise UserError("prompts must be a list of at least one text or token list")
+    return prompts
 
 
 def prompt_batches(model: Model, prompts: Sequence[Prompt], request: GenerationConfig) -> list[PromptBatch]:
     """Returns one batch per prompt; with a batch_size above 1 one batch of all, repeating prompts to fill it."""
-    check_prompts(prompts)
+    prompts = checked_prompts(prompts)
     request.check_one_for_all()
     batch_size = request.batch_size or len(prompts)
     check_whole_number("batch_size", batch_size, least=0, most=_LARGEST_BATCH)
@@ -274,17 +279,19 @@ def _token_ids(model: Model, index: int, prompt: Prompt) -> list[int]:
         except (UnicodeEncodeError, TypeError):  # tokenizers raises TypeError for a lone surrogate
             raise UserError(f"prompt {index} holds half of a surrogate pair, which is no character") from None
     wrong = f"prompt {index} must be a text or a list of token ids, got {shown(prompt)}"
-    if isinstance(prompt, bytes | bytearray | memoryview | set | frozenset | Mapping):
+    no_ids = isinstance(prompt, bytes | bytearray | memoryview | set | frozenset | Mapping)
+    if no_ids or not hasattr(prompt, "__len__") or getattr(prompt, "ndim", 1) != 1:
         raise UserError(wrong)
-    length = len(prompt) if hasattr(prompt, "__len__") and getattr(prompt, "ndim", 1) else 0
+    length = length_of(prompt, f"prompt {index}")
     context = model.config.context_length
     if length > context:  # such as a range, whose length is no effort
         raise UserError(f"prompt {index} has {length} tokens, which exceeds the model's context of {context}")
+    tokens = entries_of(prompt, f"prompt {index}")
+    if any(isinstance(token, bool | np.bool_) for token in tokens):
+        raise UserError(wrong)
     try:
-        if any(isinstance(token, bool | np.bool_) for token in prompt):
-            raise UserError(wrong)
-        return [operator.index(token) for token in prompt]
-    except TypeError:
+        return [operator.index(token) for token in tokens]
+    except Exception:  # TypeError, or what a class of the caller's own raises
         raise UserError(wrong) from None
 
 

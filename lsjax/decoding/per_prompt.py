@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lsjax.checks import entries_of
 from lsjax.errors import UserError
 
 
@@ -15,11 +16,9 @@ def is_list_per_prompt(value: Any) -> bool:
     return is_per_prompt(value) and len(value) > 0 and all(is_per_prompt(part) for part in value)
 
 
-def freeze(value: Any) -> Any:
-    """Returns the values per prompt as a tuple; a value for all prompts as it is."""
-    if not is_per_prompt(value):
-        return value
-    return tuple(value.tolist() if hasattr(value, "tolist") else value)
+def freeze(name: str, value: Any) -> Any:
+    """Returns the values per prompt as a tuple; a value for all prompts as it is. name: the setting's, for errors."""
+    return tuple(entries_of(value, name)) if is_per_prompt(value) else value
 
 
 def named_values(name: str, value: Any) -> list[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from lsjax.checks import entries_of, length_of
 from lsjax.data.tokenizer import Tokenizer, check_text
 from lsjax.decoding.per_prompt import is_list_per_prompt, named_values, one_per_prompt
 from lsjax.errors import UserError, shown
@@ -21,7 +22,7 @@ StopTokens = Sequence[int | Sequence[int]]
 def check_stop(stop: Stop, name: str = "stop") -> tuple[str, ...]:
     """Returns one or several stop strings as a tuple. Raises UserError for an empty text or anything but text."""
     is_list = isinstance(stop, Sequence) and not isinstance(stop, str | bytes | bytearray | memoryview | range)
-    stops: tuple[Any, ...] = tuple(stop) if is_list else (stop,)
+    stops: tuple[Any, ...] = tuple(entries_of(stop, name)) if is_list else (stop,)
     wrong = [s for s in stops if not isinstance(s, str) or not s]
     if wrong:
         raise UserError(f"{name} must be non-empty texts, got {shown(wrong[0])} (token ids go into stop_tokens)")
@@ -51,16 +52,20 @@ def stop_tokens_of_prompts(stop_tokens: StopTokens, count: int, vocab_size: int)
 
 def check_stop_tokens(stop_tokens: StopTokens, vocab_size: int, name: str = "stop_tokens") -> list[int]:
     """Returns stop tokens as a list of ids. Raises UserError for anything but ids of the vocabulary."""
+    no_ids = UserError(f"{name} must be token ids, got {shown(stop_tokens)} (texts go into stop)")
+    if isinstance(stop_tokens, str | bytes | bytearray | dict) or not hasattr(stop_tokens, "__len__"):
+        raise no_ids
+    if getattr(stop_tokens, "ndim", 1) != 1:  # an array of one number has no length
+        raise no_ids
+    if (count := length_of(stop_tokens, name)) > vocab_size:
+        raise UserError(f"{name} has {count} entries, but the vocabulary {vocab_size}")
+    entries = entries_of(stop_tokens, name)
+    if any(isinstance(token, bool | np.bool_) for token in entries):
+        raise no_ids
     try:
-        if isinstance(stop_tokens, str | bytes | bytearray | dict) or not hasattr(stop_tokens, "__len__"):
-            raise TypeError
-        if len(stop_tokens) > vocab_size:
-            raise UserError(f"{name} has {len(stop_tokens)} entries, but the vocabulary {vocab_size}")
-        if any(isinstance(token, bool | np.bool_) for token in stop_tokens):
-            raise TypeError
-        ids = [operator.index(cast(int, token)) for token in stop_tokens]
-    except TypeError:
-        raise UserError(f"{name} must be token ids, got {shown(stop_tokens)} (texts go into stop)") from None
+        ids = [operator.index(cast(int, token)) for token in entries]
+    except Exception:  # TypeError, or what a class of the caller's own raises
+        raise no_ids from None
     wrong = [token for token in ids if not 0 <= token < vocab_size]
     if wrong:
         raise UserError(f"{name} holds {shown(wrong[0])}, outside the vocabulary 0..{vocab_size - 1}")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast
 
+from lsjax.checks import entries_of, length_of, require
 from lsjax.decoding.per_prompt import freeze, is_per_prompt, named_values
 from lsjax.errors import UserError, shown
 
@@ -13,6 +14,7 @@ MAX_SPECULATIONS = 64
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p")
 AUTO = "auto"
 INT8 = "int8"
+_LARGEST_VOCABULARY = 2**24  # tokens
 _LEAST_TOP_P = 1e-30  # much smaller ones round to 0 in float32, which keeps no token
 _LARGEST_TEMPERATURE = 1e30  # infinite in float32 above 3.4e38, which makes every logit 0 or not a number
 _LEAST_TEMPERATURE = 1e-6  # below it, float32 logits divided by the temperature could become infinite
@@ -127,7 +129,7 @@ class Sampling:
 
     def __post_init__(self):
         for name in SAMPLING_SETTINGS:
-            object.__setattr__(self, name, freeze(getattr(self, name)))
+            object.__setattr__(self, name, freeze(name, getattr(self, name)))
 
 
 Strategy = Autoregressive | EarlyExit | SelfSpeculative
@@ -183,9 +185,12 @@ def _hashable_vocabulary(vocabulary: Any) -> Any:
         return os.fspath(vocabulary)
     if isinstance(vocabulary, numbers.Integral) and not isinstance(vocabulary, bool):
         return int(vocabulary)
-    if hasattr(vocabulary, "tolist") and not isinstance(vocabulary, type):  # an array
-        vocabulary = vocabulary.tolist()
-    return tuple(vocabulary) if isinstance(vocabulary, list | range | set | frozenset) else vocabulary
+    is_array = hasattr(vocabulary, "tolist") and not isinstance(vocabulary, type) and getattr(vocabulary, "ndim", 1)
+    if not is_array and not isinstance(vocabulary, list | tuple | range | set | frozenset):
+        return vocabulary
+    size = length_of(vocabulary, "draft_vocabulary")
+    require(size <= _LARGEST_VOCABULARY, f"draft_vocabulary has {size} entries, more than any vocabulary")
+    return tuple(entries_of(vocabulary, "draft_vocabulary"))
 
 
 def vocabulary_label(settings: dict[str, Any]) -> str:

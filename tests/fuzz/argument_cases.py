@@ -20,6 +20,33 @@ class _Two(enum.IntEnum):
     TWO = 2
 
 
+def _raise(*_: Any) -> Any:
+    raise RuntimeError("a fault\nof the class")
+
+
+def _lists() -> dict[str, Any]:
+    """Returns lists and objects like lists whose methods fail, lie, or never end."""
+    kinds: dict[str, tuple[type, dict[str, Any]]] = {
+        "no length": (list, {"__len__": _raise}),
+        "no entries": (list, {"__iter__": _raise}),
+        "a tuple without entries": (tuple, {"__iter__": _raise}),
+        "no entry": (object, {"__len__": lambda self: 2, "__getitem__": _raise}),
+        "an iterator that fails": (object, {"__len__": lambda self: 2, "__iter__": lambda self: map(_raise, (1,))}),
+        "no end": (object, {"__len__": lambda self: 2, "__getitem__": lambda self, index: 1}),
+        "fewer entries": (object, {"__len__": lambda self: 2, "__iter__": lambda self: iter((1,))}),
+        "a negative length": (object, {"__len__": lambda self: -1, "__getitem__": _raise}),
+        "no index": (object, {"__index__": _raise}),
+    }
+    made = {}
+    for name, (base, methods) in kinds.items():
+        cls = type(name.title().replace(" ", ""), (base,), methods)
+        made[name] = cls() if base is object else cls((1, 2))
+    return made
+
+
+LISTS = _lists()
+
+
 class _Word(str):
     __slots__ = ()
 
@@ -72,6 +99,22 @@ def argument_cases() -> Iterator[Case]:
     for number, prompts in enumerate((_LONG, [1, "a"], {1: 2}, b"ab", bytearray(b"ab"), memoryview(b"ab"), [2**70])):
         call = functools.partial(_stream, prompts=prompts)
         yield Case(f"stream of prompts that are none, {number}", call)
+    for name, value in LISTS.items():
+        for argument in ("prompts", "max_new_tokens", "stop", "stop_tokens"):
+            yield _case_of(argument, f"of {name}", value)
+            yield _case_of(argument, f"of one entry of {name}", [value])
+        yield _case_of("prompts", f"of an id of {name}", [[value]])
+        yield Case(f"stream of prompts of {name}", functools.partial(_stream, prompts=value))
+        yield Case(f"layer_predictions of a prompt of {name}",
+                   lambda parts, _, value=value: lsjax.layer_predictions(parts.model, value))  # fmt: skip
+        yield Case(f"tune for prompts of {name}", lambda parts, _, value=value: lsjax.tune(parts.model, value))
+        for field in ("temperature", "top_k", "top_p"):
+            yield Case(f"Sampling({field} of {name})", lambda parts, _, field=field, value=value: _generate(
+                parts, _, {"sampling": lsjax.Sampling(**{"temperature": 1.0} | {field: value})}))  # fmt: skip
+        yield Case(f"a draft vocabulary of {name}", lambda parts, _, value=value: _generate(
+            parts, _, {"strategy": lsjax.SelfSpeculative(1, 2, draft_vocabulary=value)}))  # fmt: skip
+    yield Case("a draft vocabulary of 10**12 ids", lambda parts, _: _generate(
+        parts, _, {"strategy": lsjax.SelfSpeculative(1, 2, draft_vocabulary=_LONG)}))  # fmt: skip
     for number, embed in enumerate((_RAGGED, [[1.0]], "abc", None, _LONG, collections.UserString("a"))):
         for function in (lsjax.forward, lsjax.hidden_states):
             call = functools.partial(_forward, function=function, change={"embed": embed})
@@ -109,3 +152,7 @@ def _both(parts: Any, watch: Any, value: dict[str, Any], plain: dict[str, Any]) 
 
 def _forward(parts: Any, _: Any, function: Any, change: dict[str, Any]) -> Any:
     return function(parts.model.params | change, np.array([[1, 2]]), parts.model.config)
+
+
+def _case_of(argument: str, name: str, value: Any) -> Case:
+    return Case(f"generate {argument} {name}", functools.partial(_generate, arguments={argument: value}))
