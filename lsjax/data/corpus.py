@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from lsjax.config import DataConfig
 from lsjax.data.compressed import READ_ERRORS, is_compressed, open_bytes, unreadable
 from lsjax.data.jsonl import is_jsonl, read_line
+from lsjax.data.own_folders import UNFINISHED, kind_of_folder, own_folder_finder
 from lsjax.data.parquet import is_parquet, row_group_count
 from lsjax.data.token_files import is_token_file, open_tokens
 from lsjax.errors import UserError
@@ -243,12 +244,17 @@ def _list_folder(named: str, root: Path, pattern: str, left_out: set[str], confi
     files, skipped = [], Skipped()
     if not in_bucket(root) and not os.access(root, os.R_OK | os.X_OK):
         raise UserError(f"{named} cannot be read: {os.strerror(errno.EACCES)}")
+    if kind := kind_of_folder(root):
+        raise UserError(f"{named} is {kind} of lsjax: name a folder that holds the texts alone")
     try:
+        own_folder, own = own_folder_finder(root), {}
         for name, size in _matching(root, pattern):
             relative = PurePosixPath(name)
             if any(part.startswith(".") or part in left_out for part in relative.parts):
                 continue
-            if size is None:
+            if found := own_folder(relative):
+                own |= [found]
+            elif size is None:
                 skipped.add_file(name, "a link to a folder")
             elif size < 0:
                 skipped.add_file(name, "a folder that may not be read")
@@ -260,6 +266,9 @@ def _list_folder(named: str, root: Path, pattern: str, left_out: set[str], confi
         raise UserError(f"config.data.file_pattern {pattern!r} is no pattern: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {error.filename or root}: {error.strerror}") from None
+    for name, kind in own.items():
+        if kind != UNFINISHED:  # which may be this preparation: the counts must not depend on when it was interrupted
+            skipped.add_file(name, kind)
     return Corpus(named, str(root), tuple(sorted(files)), config, skipped)
 
 

@@ -226,3 +226,17 @@ def test_a_corpus_that_is_not_there_is_named(url):
     data = DataConfig(corpus=f"{url}/nowhere")
     with pytest.raises(UserError, match=f"config.data.corpus '{url}/nowhere' is neither"):
         corpus.list_corpus(data)
+
+
+def test_runs_in_a_bucket_are_left_out_of_a_corpus_around_them(url, tiny_run, tmp_path):
+    for index in range(20):
+        as_path(f"{url}/{index}.txt").write_bytes(f"text {index} ".encode() * 30)
+    _, before = prepare(config_for(tiny_run, corpus=url, file_pattern="**/*"), tmp_path / "a", workers=1)
+    as_path(f"{url}/runs/x/config.json").write_bytes(json.dumps(tiny_run.to_dict()).encode())
+    as_path(f"{url}/runs/x/metrics.jsonl").write_bytes(b'{"step": 1}\n')
+    _, manifest = prepare(config_for(tiny_run, corpus=url, file_pattern="**/*"), tmp_path / "b", workers=1)
+    assert files_in(tmp_path / "a").keys() == files_in(tmp_path / "b").keys()
+    assert manifest["corpus"] == before["corpus"]
+    assert manifest["skipped"]["files"] == {"a training workdir": 1}
+    with pytest.raises(UserError, match="is a training workdir of lsjax"):
+        prepare(config_for(tiny_run, corpus=f"{url}/runs/x"), tmp_path / "c", workers=1)
