@@ -60,13 +60,13 @@ REFUSED: dict[str, list[Any]] = {
     "strategy": [lsjax.Autoregressive, lsjax.EarlyExit, "autoregressive", lsjax.Sampling(), lsjax.EarlyExit(True),
                  lsjax.EarlyExit(np.float32(1)), lsjax.SelfSpeculative(1, "2"), lsjax.SelfSpeculative("AUTO", 2)],
     "stop": ["\ud800", ["a", "\udc80"], b"", bytearray(b"a"), memoryview(b"a"), _LONG, range(0), {"a"}, {"a": 1},
-             [b"a"], [["a"]], collections.UserString("a"), 3],
-    "stop_tokens": [_LONG, [2**70], [-1], [1.0], b"a", "a", {1: 2}, [[1]], np.array([1.0]), np.array([True]), [None],
+             [b"a"], [[["a"]]], collections.UserString("a"), 3],
+    "stop_tokens": [_LONG, [2**70], [-1], [1.0], b"a", "a", {1: 2}, [[[1]]], np.array([1.0]), np.array([True]), [None],
                     iter([1]), np.ma.array([1.5])],
     "prompts": [[_LONG], _LONG, frozenset({"a"}), types.MappingProxyType({1: 2}), collections.UserDict({1: 2}), [b"ab"],
                 [bytearray(b"ab")], [memoryview(b"ab")], [[1.0]], [[True]], [["a"]], [None], [[]], [frozenset({1})],
                 [np.array([[1, 2]])], [np.array([1.0])], [[2**70]], [[-1]], iter(["a"]), [range(0)], ["a", 3]],
-    "max_new_tokens": [_LONG, "4", 4.0, True, np.float32(4), np.array(4), np.array([4]), 2**40, -1, 0],
+    "max_new_tokens": [_LONG, "4", 4.0, True, np.float32(4), np.array(4), np.array([4.0]), 2**40, -1, 0],
     "batch_size": [_LONG, "1", 1.0, True, 0, -1],
     "seed": [_LONG, "1", 1.0, True, -1, 2**64, np.float64(1)],
 }  # fmt: skip
@@ -77,11 +77,13 @@ MEANT: dict[str, list[tuple[Any, Any]]] = {
                 ([range(1, 4)], [[1, 2, 3]]), ([array.array("i", [1, 2])], [[1, 2]]),
                 ([np.array([1, 2], np.uint8)], [[1, 2]]),
                 ([collections.UserList([1, 2])], [[1, 2]]), ([(_Two.TWO, 1)], [[2, 1]])],
-    "max_new_tokens": [(_Two.TWO, 2), (np.uint8(2), 2)],
+    # A list has a value per prompt, and there is one prompt.
+    "max_new_tokens": [(_Two.TWO, 2), (np.uint8(2), 2), (np.array([4]), 4)],
     "seed": [(np.uint64(2**63), 2**63), (_Two.TWO, 2)],
     "batch_size": [(np.int8(1), 1), (10**30, 1)],
-    "stop": [(_Word("zzz"), []), ([], []), ((), []), (collections.UserList(["zzz"]), [])],
-    "stop_tokens": [({2}, [2]), (range(2, 3), [2]), (np.array([2], np.int8), [2]), ((_Two.TWO,), [2]), ([], [])],
+    "stop": [(_Word("zzz"), []), ([], []), ((), []), (collections.UserList(["zzz"]), []), ([["zzz"]], [])],
+    "stop_tokens": [({2}, [2]), (range(2, 3), [2]), (np.array([2], np.int8), [2]), ((_Two.TWO,), [2]), ([], []),
+                    ([[2]], [2])],
 }  # fmt: skip
 
 
