@@ -11,6 +11,7 @@ from lsjax.data.tokenizer import train_tokenizer
 from lsjax.io.convert import convert
 from lsjax.io.huggingface import write_huggingface
 from tests.conftest import TINY, VARIED, random_params
+from tests.helpers.recorded import RECORDED
 
 PROMPTS = [[5, 9, 2], [300, 17, 41, 8, 250, 33]]
 DRAFTING = lsjax.SelfSpeculative(2, 3, draft_weights="int8")
@@ -91,3 +92,16 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     with pytest.raises(lsjax.UserError, match=r"holds layers/.* of shape \(4, .*; config.json asks for \(3, "):
         lsjax.load(tmp_path / "run", for_decoding=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("bf16", "bfloat16"), ("fp16", "float16"), ("torch.float32", "float32"), ("auto", "float32"), (None, "float32")],
+)
+def test_a_dtype_goes_by_the_names_that_other_libraries_use(name, dtype):
+    assert lsjax.load(RECORDED / "llama32", dtype=name).params["embed"].dtype == dtype
+
+
+def test_int8_is_no_dtype_but_a_way_to_store_weights():
+    with pytest.raises(lsjax.UserError, match=r'cut weights to whole numbers: load\(\.\.\., weights="int8"\)'):
+        lsjax.load(RECORDED / "llama32", dtype="int8")
