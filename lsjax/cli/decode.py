@@ -39,7 +39,6 @@ from lsjax.errors import UserError
 
 if TYPE_CHECKING:
     from lsjax.benchmarks.decoding import MakeDecoders
-    from lsjax.benchmarks.prompts import PromptLine
     from lsjax.decoding.batch import Prompt
     from lsjax.decoding.model import Model
     from lsjax.decoding.strategies import SelfSpeculative, Strategy
@@ -53,8 +52,7 @@ def define_flags(flags: CommandFlags) -> None:
     """Defines the flags of this command."""
     flags.group("What to decode")
     shared.define_model_and_prompts(flags)
-    flags.integer("num_prompts", 8, "Held-out prompts to take when none are given.", at_least=1)
-    flags.integer("prompt_tokens", 64, "Length of the held-out prompts.", at_least=1)
+    shared.define_held_out_prompts(flags)
     flags.group("Strategy")
     flags.comma_list("strategies", ",".join(shared.STRATEGIES), "The strategies to run.")
     shared.define_setting(flags)
@@ -84,31 +82,18 @@ def main(arguments: Arguments) -> None:
 
     check_report(arguments.report, "runs")
     _check_combinations(arguments)
-    texts = [_without_settings(line) for line in shared.given_prompts(arguments)]
+    lines = shared.given_prompts(arguments)
+    texts = [shared.without_settings(line, "decode") for line in lines]
     model = shared.load_model(arguments)
-    prompts = shared.make_prompts(arguments, model, texts) if texts else _held_out_prompts(arguments)
+    prompts = shared.make_prompts(arguments, model, texts) if texts else shared.held_out_prompts(arguments)
     if arguments.sweep:
         _write(arguments, _sweep(arguments, model, prompts))
     else:
         _compare(arguments, model, prompts)
 
 
-def _without_settings(line: "PromptLine") -> str:
-    """Returns the prompt of a line. Raises UserError when the line holds settings of its own."""
-    from lsjax.cli.requests import SETTINGS
-
-    own = [key for key in SETTINGS if key in line.row]
-    if own:
-        raise UserError(
-            f'{line.place}: "{own[0]}" is for `lsjax generate`: decode measures all prompts with the settings of its '
-            "flags"
-        )
-    return line.prompt
-
-
 def _check_combinations(arguments: Arguments) -> None:
     """Raises UserError for flags that contradict each other or have no effect together."""
-    given = arguments.prompt is not None or arguments.prompts is not None
     if arguments.draft_weights and (arguments.weights or arguments.sweep):
         raise UserError("--draft_weights goes with neither --weights (its drafts are in int8 already) nor --sweep")
     unknown = [name for name in arguments.compare if name not in _BASELINES]
@@ -120,10 +105,7 @@ def _check_combinations(arguments: Arguments) -> None:
         raise UserError("--compare=llama_cpp decodes one prompt at a time: leave --batch_size at 1")
     if "no_reuse" in arguments.compare and arguments.draft_weights:
         raise UserError("--compare=no_reuse: drafts in int8 are never reused, so leave --draft_weights away")
-    if given:
-        arguments.refuse(["num_prompts", "prompt_tokens"], "they choose held-out prompts, and prompts are given")
-    elif arguments.chat:
-        raise UserError("--chat needs --prompt or --prompts")
+    shared.check_held_out_prompts(arguments)
     if arguments.sweep:
         _check_sweep(arguments)
     else:
@@ -202,13 +184,6 @@ def _settings(arguments: Arguments) -> dict[str, Any]:
         "repeats": arguments.repeats,
         "note": print,
     }
-
-
-def _held_out_prompts(arguments: Arguments) -> list[list[int]]:
-    from lsjax.benchmarks.prompts import held_out_prompts
-    from lsjax.files import path_of
-
-    return held_out_prompts(path_of(arguments.model), arguments.num_prompts, arguments.prompt_tokens)
 
 
 def _drafting(arguments: Arguments, num_layers: int) -> "SelfSpeculative":

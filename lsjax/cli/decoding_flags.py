@@ -42,6 +42,12 @@ def define_model_and_prompts(flags: CommandFlags, prompts_help: str = _PROMPTS_H
     flags.switch("chat", "Put each prompt into the model's chat template, as a user's message.")
 
 
+def define_held_out_prompts(flags: CommandFlags) -> None:
+    """Defines the flags that choose prompts from held-out text, for a command that needs none to be given."""
+    flags.integer("num_prompts", 8, "Held-out prompts to take when none are given.", at_least=1)
+    flags.integer("prompt_tokens", 64, "Length of the held-out prompts.", at_least=1)
+
+
 def define_setting(flags: CommandFlags) -> None:
     """Defines the flags that set a strategy."""
     flags.integer_or_auto(
@@ -120,6 +126,34 @@ def given_prompts(arguments: Arguments) -> "list[PromptLine]":
     if arguments.prompt is not None:
         return [PromptLine(arguments.prompt, "--prompt", {})]
     return read_prompt_lines(path_of(arguments.prompts)) if arguments.prompts is not None else []
+
+
+def check_held_out_prompts(arguments: Arguments) -> None:
+    """Raises UserError for flags about held-out prompts beside given ones, and for --chat without given ones."""
+    if arguments.prompt is not None or arguments.prompts is not None:
+        arguments.refuse(["num_prompts", "prompt_tokens"], "they choose held-out prompts, and prompts are given")
+    elif arguments.chat:
+        raise UserError("--chat needs --prompt or --prompts")
+
+
+def without_settings(line: "PromptLine", command: str) -> str:
+    """Returns the prompt of a line. Raises UserError when the line holds settings of its own."""
+    from lsjax.cli.requests import SETTINGS
+
+    own = [key for key in SETTINGS if key in line.row]
+    if own:
+        raise UserError(
+            f'{line.place}: "{own[0]}" is for `lsjax generate`: {command} measures all prompts with the settings of '
+            "its flags"
+        )
+    return line.prompt
+
+
+def held_out_prompts(arguments: Arguments) -> list[list[int]]:
+    """Returns prompts from the text that the training run of --model held out."""
+    from lsjax.benchmarks.prompts import held_out_prompts
+
+    return held_out_prompts(path_of(arguments.model), arguments.num_prompts, arguments.prompt_tokens)
 
 
 def make_prompts(arguments: Arguments, model: "Model", texts: list[str]) -> list["Prompt"]:
