@@ -11,7 +11,7 @@ import numpy as np
 
 from lsjax.errors import UserError
 from lsjax.files import path_of, read_json, write_atomically
-from lsjax.io.hub import parse_hub_name
+from lsjax.io.beside import is_beside, path_beside
 
 FILE = "draft_vocabulary.json"
 
@@ -29,19 +29,13 @@ class RankedTokens(NamedTuple):
 
 
 def list_path(model_path: str | Path) -> Path:
-    """Returns where the list of the model at a path lies: in its folder, or beside its GGUF file, named after it.
-
-    Raises UserError for a name on the Hub, since the folder of its files is not this program's to write.
-    """
-    if parse_hub_name(model_path):
-        raise UserError(f"{model_path} is a name on the Hub: give the path of a list, or of a copy of the model")
-    path = path_of(model_path)
-    return path / FILE if path.is_dir() else path.with_name(f"{path.name}.{FILE}")
+    """Returns where the list of the model at a path lies (`path_beside`)."""
+    return path_beside(model_path, FILE, instead="a list, or of a copy of the model")
 
 
 def has_list(model_path: str | Path) -> bool:
     """Returns whether a list lies beside the model at a path."""
-    return bool(model_path) and not parse_hub_name(model_path) and list_path(model_path).is_file()
+    return is_beside(model_path, FILE)
 
 
 def write_list(path: Path, ranked: RankedTokens) -> None:
