@@ -6,6 +6,7 @@ exactly what the drafter would have seen. Run lengths are those of this text, no
 
 import functools
 import heapq
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,20 @@ from lsjax.model.transformer import Params, exit_logits, scan_layers
 from pallas_kernels.kv_cache.reference import int8_round_trip
 
 
+class DraftAcceptance(NamedTuple):
+    """How every exit would have drafted the new tokens of some texts. All are [M,L,B,count]: M draft vocabularies, and
+    entry l of L is exit layer l+1.
+
+    chance: that the draft of a token is kept, float32; greedily 0 or 1.
+    rank: how many tokens the exit finds likelier than the one that the text has, int32; 0 is the exit's first choice.
+      Of two tokens as likely, the smaller id comes first. For a token outside the draft vocabulary it is at least the
+      size of that vocabulary.
+    """
+
+    chance: jax.Array
+    rank: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames=("config", "count", "dtype", "int8_cache"))
 def draft_acceptance(
     params: Params,
@@ -32,9 +47,8 @@ def draft_acceptance(
     vocabularies: jax.Array,
     int8_cache: bool = False,
     exit_adapter: ExitAdapter | None = None,
-) -> jax.Array:
-    """Returns the chance that exit layer l+1's draft of the i-th new token is kept, by each of M draft vocabularies:
-    float32 [M,L,B,count]; greedily 0 or 1.
+) -> DraftAcceptance:
+    """Returns which drafts of every exit would be kept, and where the exits rank the tokens of the text.
 
     tokens: prompts with their continuations, right-padded [B,S]. prompt_lengths: [B]. count: new tokens to look at.
     sampler: with a value per sequence of each of its arrays. dtype: the compute dtype.
@@ -55,20 +69,44 @@ def draft_acceptance(
         index = exit_adapter.exit_layer - 1
         states = states.at[index].set(exit_adapter.apply(states[index]))
 
+    new_tokens = jnp.take_along_axis(tokens, jnp.minimum(places + 1, tokens.shape[1] - 1), axis=1)
+
     def of_row(row):
-        states, sampler = row
-        logits = exit_logits(params, states[-1], config)
-
-        def of_exit(x):
-            drafted = exit_logits(params, x, config)
-            return jax.lax.map(
-                lambda known: sampler.acceptance(jnp.where(known, drafted, -jnp.inf), logits), vocabularies
-            )
-
-        return jax.lax.map(of_exit, states)
+        return _of_sequence(params, config, vocabularies, *row)
 
     # The logits of one exit of one sequence exist at a time.
-    return jnp.transpose(jax.lax.map(of_row, (states.swapaxes(0, 1), sampler)), (2, 1, 0, 3))
+    found = jax.lax.map(of_row, (states.swapaxes(0, 1), sampler, new_tokens))
+    return jax.tree.map(lambda a: jnp.transpose(a, (2, 1, 0, 3)), found)
+
+
+def _of_sequence(
+    params: Params,
+    config: ModelConfig,
+    vocabularies: jax.Array,
+    states: jax.Array,
+    sampler: Sampler,
+    new_tokens: jax.Array,
+) -> DraftAcceptance:
+    """Returns the chances and ranks of one sequence [L,M,count], from its states [L,count,D] and new tokens [count]."""
+    logits = exit_logits(params, states[-1], config)
+
+    def of_exit(x):
+        drafted = exit_logits(params, x, config)
+
+        def by_vocabulary(known):
+            among = jnp.where(known, drafted, -jnp.inf)
+            return DraftAcceptance(sampler.acceptance(among, logits), _rank(new_tokens, among))
+
+        return jax.lax.map(by_vocabulary, vocabularies)
+
+    return jax.lax.map(of_exit, states)
+
+
+def _rank(tokens: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns how many tokens come before each of `tokens` [...] by logits [...,V], ties by id: int32 [...]."""
+    own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+    is_smaller = jnp.arange(logits.shape[-1]) < tokens[..., None]
+    return jnp.sum((logits > own) | ((logits == own) & is_smaller), axis=-1, dtype=jnp.int32)
 
 
 def _rounded_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

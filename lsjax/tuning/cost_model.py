@@ -264,7 +264,7 @@ def read_with_vocabularies(
         exit_adapter=model.exit_adapter,
     )
     lengths = np.array([len(new) for new in new_tokens])
-    return [DecodedBatch(each, lengths, batch.batch_size) for each in np.asarray(kept, np.float64)]
+    return [DecodedBatch(each, lengths, batch.batch_size) for each in np.asarray(kept.chance, np.float64)]
 
 
 def _known_tokens(model: Model, vocabulary: Vocabulary) -> np.ndarray:

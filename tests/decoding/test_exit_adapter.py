@@ -129,7 +129,7 @@ def test_predicted_acceptance_is_that_of_its_drafts(adapted, plain, expected):
     ours, theirs = (
         draft_acceptance(
             adapted.params, text, np.array([17]), Greedy(), adapted.config, NEW, jnp.float32, every, exit_adapter=a
-        )[0, :, 0]
+        ).chance[0, :, 0]
         for a in (adapted.exit_adapter, None)
     )
     right = np.asarray(adapted_logits(adapted, text)[0]).argmax(-1)[16:-1] == expected[1]

@@ -9,12 +9,14 @@ import pytest
 from lsjax.benchmarks.decoding import benchmark
 from lsjax.decoding.batch import GenerationConfig, PromptBatch
 from lsjax.decoding.model import Model
+from lsjax.decoding.sampling import Greedy
 from lsjax.decoding.strategies import Autoregressive, EarlyExit, Sampling, SelfSpeculative
 from lsjax.errors import UserError
 from lsjax.generation import generate
 from lsjax.io.draft_vocabulary import RankedTokens, list_path, write_list
 from lsjax.model.transformer import forward
 from lsjax.tuning import cost_model
+from lsjax.tuning.acceptance import _rank, draft_acceptance
 from lsjax.tuning.cost_model import DecodedBatch, candidates, interpolate, predict, read_decoded, resolve_auto
 from lsjax.tuning.tune import tune
 from tests.helpers.prompts import NEW, PROMPTS, NoTokenizer
@@ -116,6 +118,42 @@ def test_the_chance_of_a_sampled_draft_is_what_the_distributions_share(model):
         np.testing.assert_allclose(trimmed.acceptance[1, row], share_of_half[row, new_tokens], rtol=1e-4)
         np.testing.assert_allclose(found[1, row], share[row, len(prompt) - 1 : len(prompt) + 3], rtol=1e-4)
         np.testing.assert_allclose(found[3, row], 1, rtol=1e-5)
+
+
+def test_exits_rank_the_tokens_of_the_text(model):
+    """The ranks are those of sorting the logits of the shortened model in numpy."""
+    new = generate(model, PROMPTS, NEW).tokens
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    texts = np.zeros((3, lengths.max() + NEW), np.int32)
+    for row, (prompt, more) in enumerate(zip(PROMPTS, new, strict=True)):
+        texts[row, : len(prompt) + NEW] = [*prompt, *more]
+    known = np.stack([np.ones(320, bool), np.isin(np.arange(320), HALF)])
+    found = draft_acceptance(model.params, texts, lengths, Greedy(), model.config, NEW, np.dtype("float32"), known)
+    assert found.rank.shape == found.chance.shape == (2, 4, 3, NEW)
+    np.testing.assert_array_equal(found.rank[0] == 0, found.chance[0] == 1)
+    assert not np.any(found.rank[0, 3])
+    logits = np.array(forward(model.params, texts, model.config, np.float32([1, 1, 0, 0])))
+    clear = []
+    for row, tokens in enumerate(new):
+        for i, token in enumerate(tokens):
+            for vocabulary, rank in zip(known, found.rank[:, 1, row, i], strict=True):
+                of_exit = logits[row, lengths[row] - 1 + i]
+                if not vocabulary[token]:
+                    assert rank >= vocabulary.sum()
+                    continue
+                above, not_below = (int(np.sum(of_exit[vocabulary] > of_exit[token] + by)) for by in (1e-4, -1e-4))
+                assert above <= rank < not_below  # the token itself is not below
+                clear.append(not_below - above == 1)
+    assert np.mean(clear) > 0.9
+    assert len(np.unique(found.rank[0, 1])) > 5
+
+
+def test_of_equal_logits_the_smaller_id_ranks_first():
+    logits = np.float32([[2, 5, 5, 1, 5, -np.inf], [0, 0, 0, 0, 0, 0]])
+    order = [sorted(range(6), key=lambda token, row=row: (-row[token], token)) for row in logits]
+    for token in range(6):
+        expected = [row.index(token) for row in order]
+        assert _rank(np.array([token, token]), logits).tolist() == expected
 
 
 def test_the_choice_is_the_best_by_brute_force():
