@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from lsjax.training.loop import train as train
     from lsjax.tuning.cost_model import Tuning as Tuning
     from lsjax.tuning.tune import tune as tune
+    from lsjax.tuning.tune import tune_table as tune_table
+    from lsjax.tuning.tuned_settings import TunedSetting as TunedSetting
+    from lsjax.tuning.tuned_settings import TunedSettings as TunedSettings
 
     __version__: str
 
@@ -49,6 +52,8 @@ _MODULE_OF = {
     "Piece": "generation",
     "Sampling": "decoding.strategies",
     "SelfSpeculative": "decoding.strategies",
+    "TunedSetting": "tuning.tuned_settings",
+    "TunedSettings": "tuning.tuned_settings",
     "Tuning": "tuning.cost_model",
     "UserError": "errors",
     "default_config": "config",
@@ -65,6 +70,7 @@ _MODULE_OF = {
     "stream": "generation",
     "train": "training.loop",
     "tune": "tuning.tune",
+    "tune_table": "tuning.tune",
 }
 
 # Written out, because type checkers read this list from the text. It holds the keys of _MODULE_OF.
@@ -80,6 +86,8 @@ __all__ = [
     "Piece",
     "Sampling",
     "SelfSpeculative",
+    "TunedSetting",
+    "TunedSettings",
     "Tuning",
     "UserError",
     "__version__",
@@ -97,6 +105,7 @@ __all__ = [
     "stream",
     "train",
     "tune",
+    "tune_table",
 ]
 
 

@@ -34,7 +34,8 @@ def generate(
     max_new_tokens: the most new tokens per prompt.
     strategy: Autoregressive(), EarlyExit(E) or SelfSpeculative(E, d). SelfSpeculative("auto", "auto") first measures
       which setting suits these prompts, at every call. The seconds that takes pay for long texts; for many calls,
-      `tune` once. Where no setting is predicted to be faster, decoding is autoregressive. `stats` say what it was.
+      `tune` once, or keep a table beside the model with `tune_table`, which "auto" then takes. Where no setting is
+      predicted to be faster, decoding is autoregressive. `stats` say what it was.
     seed: seed of the draws, in 0..2^64-1.
     stop, stop_tokens: texts and token ids that end a sequence, beside the tokenizer's own stop token.
     batch_size: sequences decoded side by side; None takes all. A finished one makes room for the next prompt.

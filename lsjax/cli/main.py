@@ -14,6 +14,7 @@ GROUPS = {
     "Use a model": {
         "generate": "continue prompts: stream one text, or a file of results",
         "decode": "benchmark the decoding strategies of a model",
+        "tune": "find the fastest setting by temperature and batch size",
         "explain": "show what each layer predicts, token by token",
         "evaluate": "measure quality beside speed, task by task",
         "draft_vocabulary": "list a model's frequent tokens, for cheaper drafts",

@@ -82,7 +82,8 @@ class EarlyExit(_Strategy):
 class SelfSpeculative(_Strategy):
     """Drafts with the first `exit_layer` layers and verifies with the rest, in one pass per round.
 
-    exit_layer, num_speculations: "auto", for either or both, chooses by measuring on the prompts (lsjax.tuning).
+    exit_layer, num_speculations: "auto", for either or both, chooses by measuring on the prompts (lsjax.tuning). For
+      both, it first looks for a table of tuned settings beside the model (`tune_table`).
     draft_weights: "int8" drafts with an int8 copy of the early layers and the head. All layers then verify in full
       precision and overwrite the drafts' cache entries, so the result is still the full model's.
     lookup: where the text repeats itself, copies this many drafts from it (prompt lookup); all layers verify them in

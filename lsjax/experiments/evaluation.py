@@ -34,7 +34,7 @@ from lsjax.evaluation.tasks.held_out_text import HeldOutText, Window
 from lsjax.evaluation.tasks.task import Example, Task
 from lsjax.files import read_json, write_atomically
 from lsjax.tuning.cost_model import candidates, measure_settings, vocabularies
-from lsjax.tuning.tune import BOTH_AUTO
+from lsjax.tuning.tuned_settings import BOTH_AUTO
 
 _FORMAT = "lsjax evaluation 1"
 _AUTOREGRESSIVE = AUTOREGRESSIVE.name

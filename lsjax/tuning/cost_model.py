@@ -32,6 +32,7 @@ from lsjax.errors import UserError, shown
 from lsjax.io.draft_vocabulary import has_list, list_path, read_list
 from lsjax.model.transformer import Params
 from lsjax.tuning.acceptance import batch_rounds, draft_acceptance, expected_rounds
+from lsjax.tuning.tuned_settings import saved_strategy
 
 _LONGEST_DRAFT = 12
 _SAMPLE_TOKENS = 64  # per text; more tokens would add little
@@ -123,11 +124,17 @@ class DecodedBatch(NamedTuple):
 
 
 def resolve_auto(strategy: Strategy, model: Model, batch: PromptBatch) -> Strategy:
-    """Returns the strategy with numbers in place of "auto"; autoregressive where nothing is predicted to be faster."""
+    """Returns the strategy with numbers in place of "auto"; autoregressive where nothing is predicted to be faster.
+
+    A table of tuned settings beside the model saves the measuring.
+    """
     if not is_auto(strategy):
         return strategy
     assert isinstance(strategy, SelfSpeculative)
     exit_layers, num_speculations = candidates(strategy, model.config.num_layers)
+    saved = saved_strategy(strategy, model, batch)
+    if saved is not None:
+        return saved
     choices = vocabularies(strategy, model)
     tuning = measure_settings(model, [batch], exit_layers, num_speculations, draft_vocabularies=choices)
     return tuning.strategy if tuning and tuning.predicted_speedup > 1 else Autoregressive()

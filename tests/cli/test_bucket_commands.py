@@ -14,6 +14,7 @@ from lsjax.cli.main import main
 from lsjax.errors import UserError
 from lsjax.files import as_path
 from lsjax.training.loop import train
+from lsjax.tuning.tuned_settings import read_settings
 from tests.helpers.stores import BUCKET, GCS_ENVIRONMENT, S3_ENVIRONMENT, bucket_at, require_servers
 from tests.test_commands import run_process
 
@@ -59,6 +60,16 @@ def test_held_out_text_is_evaluated(workdir, capsys):
 def test_frequent_tokens_are_counted(workdir):
     assert main(["draft_vocabulary", f"--model={workdir}"]) == 0
     assert json.loads((as_path(workdir) / "draft_vocabulary.json").read_text())["vocab_size"] == 320
+
+
+def test_tuned_settings_are_kept_in_the_bucket(workdir, capsys, caplog):
+    short = ["--num_prompts=1", "--prompt_tokens=4", "--max_new_tokens=4", "--temperatures=0", "--batch_sizes=1"]
+    assert main(["tune", f"--model={workdir}", *short]) == 0, capsys.readouterr()
+    path = as_path(workdir) / "tuned_settings.json"
+    assert capsys.readouterr().out.endswith(f"table: {path}\n")
+    (setting,) = read_settings(path, num_layers=4).settings
+    lsjax.generate(lsjax.load(workdir), "def f(", 4, lsjax.SelfSpeculative("auto", "auto"))
+    assert f'"auto" takes a setting of {path}: {setting}' in [record.getMessage() for record in caplog.records]
 
 
 def test_models_are_converted_into_and_out_of_a_bucket(bucket, workdir, tmp_path):
