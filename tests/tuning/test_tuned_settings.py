@@ -248,7 +248,7 @@ def test_nothing_is_measured_for_a_table_that_cannot_be_kept(model, decodings, p
         ({"batch_sizes": (None,)}, "batch_size must be a whole number"),
         ({"batch_sizes": "18"}, "batch_sizes must be a list"),
         ({"batch_sizes": (1, 10**9)}, "batch_size must be in"),
-        ({"prompts": ["the cat", []], "batch_sizes": (1,)}, "prompt 1 is empty"),
+        ({"prompts": [[5], []], "batch_sizes": (2,)}, "prompt 1 is empty"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_measured(model, decodings, arguments, message):
