@@ -29,6 +29,7 @@ GOOD: dict[str, list[str]] = {
     "benchmark_kernels": ["--rows=1", "--tokens=1", "--lengths=16", "--capacity=32", "--repeats=1"],
     "prepare": ["--config={tiny}", "--workdir={run}"],
     "evaluate": ["--model={huggingface}"],
+    "tune": ["--model={huggingface}", "--max_new_tokens=2"],
 }
 
 NUMBERS = ("abc", "", "1.5.2", "0x", "1,2", "\u0663\u0664x", "nan", "9" * 30, "-" + "9" * 30, "1e5", "None", "--")
