@@ -7,8 +7,9 @@
 
 Run: 240 steps of 4,096 tokens, about 2 epochs; only the docstrings are learned; learning rate 5e-4.
 Hardware: 2 CPU cores, 6 GB of memory.
-Time: not measured yet.
-Expected: not measured yet.
+Time: about 15 minutes, reckoned from 1,500 tokens per second.
+Expected: on 60 of the tests, ROUGE-L 0.118 (0.021 before); 62 % of 3 drafts are accepted (7 % before), and decoding is
+  1.25 times as fast as autoregressive decoding (docs/results.md, "Fine-tuned on a task").
 """
 
 import ml_collections
