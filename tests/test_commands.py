@@ -358,6 +358,9 @@ def test_training_is_timed(tmp_path):
     result = run("benchmark_training.py", *how, "--compare=tensorflow")
     assert result.returncode == 2
     assert result.stderr == "benchmark_training.py: --compare: 'tensorflow' is not one of pytorch, compiled, full\n"
+    result = run("benchmark_training.py", *how, "--compare=full")
+    assert result.returncode == 2
+    assert result.stderr.startswith("benchmark_training.py: --compare=full: this configuration trains everything")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

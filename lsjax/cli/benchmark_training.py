@@ -40,7 +40,7 @@ def define_flags(flags: CommandFlags) -> None:
     flags.config()
     flags.integer("steps", 24, "Steps to time.", at_least=1)
     flags.integer("warmup", 8, "Steps before them that are not timed; the first ones compile.", at_least=1)
-    flags.comma_list("compare", "", "Also time pytorch, compiled (PyTorch by torch.compile), full, or several of them.")
+    flags.comma_list("compare", "", "Also time one or more of pytorch, compiled (PyTorch by torch.compile) and full.")
     flags.group("Output")
     flags.path("report", None, "Write every step's seconds and loss to this JSON file.")
 

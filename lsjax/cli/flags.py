@@ -182,7 +182,7 @@ class CommandFlags:
     def _check_values(self, arguments: Sequence[str]) -> None:
         """Raises UserError for a flag without a value, before absl takes the flag that follows it for one.
 
-        And for absl's own flags, which read any file as flags, or let pass a flag that does not exist.
+        It also raises for absl's own flags, which read flags from any file or let an unknown flag pass.
         """
         for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
             name = argument.lstrip("-")

@@ -202,9 +202,10 @@ def describe_use(model: Model) -> dict[str, Any]:
 
 
 def _sha256_of_rows(tree: Any) -> str:
+    """Returns a SHA-256 of the names, shapes and first rows of all arrays of a tree. A row lies along the last axis."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        row = np.asarray(leaf[:1] if np.ndim(leaf) else leaf)
+        row = np.asarray(leaf[(0,) * (leaf.ndim - 1)] if leaf.ndim else leaf)  # never a whole matrix
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {row.dtype}".encode())
         digest.update(np.ascontiguousarray(row).tobytes())
     return digest.hexdigest()

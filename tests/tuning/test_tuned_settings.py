@@ -4,9 +4,11 @@ import dataclasses
 import json
 import logging
 import shutil
+import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import lsjax
@@ -59,6 +61,20 @@ def keep(model, *settings):
 
 def messages(caplog):
     return [record.getMessage() for record in caplog.records]
+
+
+def test_the_digest_of_weights_reads_one_row_of_each_array(model, monkeypatch):
+    read = []
+
+    def asarray(array):
+        read.append(array.shape)
+        return np.asarray(array)
+
+    counted = types.SimpleNamespace(asarray=asarray, ascontiguousarray=np.ascontiguousarray)
+    monkeypatch.setattr(tuned_settings, "np", counted)  # numpy's own would count JAX's calls too
+    describe_use(model)
+    assert len(read) == len(jax.tree.leaves(model.decoder_weights()))
+    assert all(len(shape) == 1 for shape in read)
 
 
 def test_a_table_is_measured_once_and_then_nothing_is(model, decodings, caplog):
