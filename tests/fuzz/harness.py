@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from lsjax.errors import UserError
 
 REFUSED, VALID = "refused", "valid"
-TIME_LIMIT = 60  # seconds of one input; a machine that others use too needs some slack
+PROCESSOR_LIMIT = 60  # seconds of processor time of one input: the same on a machine that others use too
+WALL_LIMIT = 1200  # seconds until an input that sleeps, or waits for a process of its own, counts as a hang
 _MEMORY = 12 << 30  # bytes of address space that inputs may take beyond what the process has when they begin
 _LONGEST_MESSAGE = 2000
 
@@ -47,10 +48,17 @@ class Case(NamedTuple):
 
 
 class Hang(BaseException):
-    """Raised in an input that takes longer than TIME_LIMIT."""
+    """Raised in an input that takes too long."""
 
 
-def judge(case: Case, parts: Any, folder: Path, read_errors: Callable[[], str]) -> str:
+def judge(
+    case: Case,
+    parts: Any,
+    folder: Path,
+    read_errors: Callable[[], str],
+    processor_limit: float = PROCESSOR_LIMIT,
+    wall_limit: float = WALL_LIMIT,
+) -> str:
     """Runs a case and returns REFUSED or VALID; fails when the outcome is neither.
 
     folder: an empty folder; what is in it after `case.call` prepared its files must not change unless it is an output.
@@ -58,7 +66,11 @@ def judge(case: Case, parts: Any, folder: Path, read_errors: Callable[[], str]) 
     """
     read_errors()
     watch = Watch(folder)
-    with time_limit() as clock, warnings.catch_warnings(record=True) as warned, watch.temporary_folder():
+    with (
+        time_limit(processor_limit, wall_limit) as clock,
+        warnings.catch_warnings(record=True) as warned,
+        watch.temporary_folder(),
+    ):
         warnings.simplefilter("always")  # all but those that Python shows to nobody
         for unseen in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", unseen)
@@ -74,7 +86,7 @@ def judge(case: Case, parts: Any, folder: Path, read_errors: Callable[[], str]) 
         assert result.status in (0, 2), f"{case.name}: exit status {result.status}, and says {errors[-2000:]!r}"
         if result.status == 2:
             message, outcome, errors = errors, REFUSED, ""
-    assert not clock.expired, f"{case.name}: still running after {TIME_LIMIT} s"
+    assert not clock.expired, f"{case.name}: still running after {clock.expired}"
     assert not warned, f"{case.name}: warns: {[str(w.message)[:300] for w in warned]}"
     assert "Traceback" not in errors, f"{case.name}: prints a traceback: {errors[-3000:]}"
     if outcome == REFUSED:
@@ -145,28 +157,37 @@ class Watch:
 
 
 class Clock:
-    """Whether the time of an input has run out, even where the input swallowed the exception that says so."""
+    """Which limit an input has passed, even where it swallowed the exception that says so; empty for none."""
 
-    expired = False
+    expired = ""
 
 
 @contextlib.contextmanager
-def time_limit() -> Iterator[Clock]:
-    """Raises Hang in the main thread after TIME_LIMIT; ends the process where it does not return to Python."""
-    clock = Clock()
+def time_limit(processor: float, wall: float) -> Iterator[Clock]:
+    """Raises Hang in the main thread after some seconds of processor time of this process, or of wall-clock time.
 
-    def expire(*_):
-        clock.expired = True
+    Ends the process when the input does not return to Python a minute after the second limit.
+    """
+    clock = Clock()
+    limits = {
+        signal.SIGPROF: (signal.ITIMER_PROF, processor, f"{processor} s of processor time"),
+        signal.SIGALRM: (signal.ITIMER_REAL, wall, f"{wall} s"),
+    }
+
+    def expire(number: int, _: Any) -> None:
+        clock.expired = limits[signal.Signals(number)][2]
         raise Hang
 
-    previous = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(TIME_LIMIT)
-    faulthandler.dump_traceback_later(3 * TIME_LIMIT, exit=True)
+    previous = {number: signal.signal(number, expire) for number in limits}
+    for timer, seconds, _ in limits.values():
+        signal.setitimer(timer, seconds)
+    faulthandler.dump_traceback_later(wall + 60, exit=True)
     try:
         yield clock
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+        for number, (timer, _, _) in limits.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, previous[number])
         faulthandler.cancel_dump_traceback_later()
 
 

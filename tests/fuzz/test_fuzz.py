@@ -10,10 +10,8 @@ from tests.fuzz.harness import judge, memory_limit
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _limited_memory(parts):
+def _all_parts(parts):
     parts.make_all()
-    with memory_limit():
-        yield
 
 
 def pytest_generate_tests(metafunc):
@@ -24,7 +22,8 @@ def pytest_generate_tests(metafunc):
 
 def test_malformed_input(case, parts, tmp_path, capfd, record_property):
     record_property("outcome", "failed")
-    outcome = judge(case, parts, tmp_path, lambda: capfd.readouterr().err)
+    with memory_limit():
+        outcome = judge(case, parts, tmp_path, lambda: capfd.readouterr().err)
     record_property("outcome", outcome)
 
 

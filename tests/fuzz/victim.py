@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from lsjax.cli.main import main
 from lsjax.config import Config
 from lsjax.errors import UserError
 from lsjax.training.loop import train
+from tests.fuzz.harness import WALL_LIMIT
 
 # Processes are forked from a server that has imported this module, so that instants are of training and not of imports.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.fuzz.victim"])
+
+_PROCESSOR_LIMIT = 300  # seconds of processor time of one process
 
 
 def start(config: Config, workdir: Path, log: Path, file_limit: int | None = None) -> Any:
@@ -35,7 +39,19 @@ def start_command(arguments: list[str], output: Path, errors: Path) -> Any:
     return process
 
 
+def exit_status(process: Any) -> int:
+    """Waits for the end of a process and returns its exit status. Fails when it hangs."""
+    process.join(WALL_LIMIT)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise AssertionError(f"still running after {WALL_LIMIT} s")
+    assert process.exitcode != -signal.SIGXCPU, f"still running after {_PROCESSOR_LIMIT} s of processor time"
+    return process.exitcode
+
+
 def _run_command(arguments: list[str], output: str, errors: str) -> None:
+    _limit_processor_time()
     for number, path in ((1, output), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
@@ -43,6 +59,7 @@ def _run_command(arguments: list[str], output: str, errors: str) -> None:
 
 
 def _train(tree: dict, workdir: str, log: str, file_limit: int | None) -> None:
+    _limit_processor_time()
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 2)
     sys.stderr = os.fdopen(2, "w", closefd=False)
@@ -56,3 +73,8 @@ def _train(tree: dict, workdir: str, log: str, file_limit: int | None) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         print(f"train: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _limit_processor_time() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (_PROCESSOR_LIMIT, hard))
