@@ -192,7 +192,7 @@ def _on_disk(path: Path, kind: str, with_weights: bool = True) -> Path:
 def _kind(path: Path) -> str:
     """Returns "gguf", "huggingface" or "workdir"."""
     try:
-        exists, is_file = path.exists(), path.is_file()
+        exists, is_file, is_folder = path.exists(), path.is_file(), path.is_dir()
     except OSError as error:  # such as a name of more than 255 bytes
         raise UserError(f"no model at {path}: {error.strerror}") from None
     if not exists:
@@ -203,6 +203,8 @@ def _kind(path: Path) -> str:
             check_not_pointer(path)
             raise UserError(f"{path} is a file, but not GGUF; give a GGUF file, a Hugging Face folder or a workdir")
         return "gguf"
+    if not is_folder:
+        raise UserError(f"no model at {path}: it is a pipe or a device, not a file or a folder")
     config = path / workdirs.CONFIG
     if not config.is_file():
         adapter = " but an adapter of PEFT: give its base model, and this folder as the adapter"

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+import lsjax
 from lsjax.benchmarks.prompts import read_prompts
 from lsjax.cli.flags import CommandFlags
 from lsjax.config import DataConfig
@@ -72,6 +73,14 @@ def test_files_of_a_run_that_are_none_are_refused(make, tmp_path):
         make(tmp_path / name)
         with pytest.raises(UserError, match=f"{name} is a pipe or a device, not a file"):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize("open_path", [lsjax.load, lsjax.read_model_config])
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to(ZERO), os.mkfifo])
+def test_a_model_that_is_a_pipe_or_a_device_is_refused(open_path, make, tmp_path):
+    make(tmp_path / "model")
+    with pytest.raises(UserError, match=r"no model at .*model: it is a pipe or a device, not a file or a folder"):
+        open_path(tmp_path / "model")
 
 
 def test_pipes_are_read_as_long_as_their_lines_end():

@@ -18,6 +18,16 @@ from lsjax.training.step import recipe_at
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
+GOOD_RESULT = json.dumps(
+    {
+        "profile": {"exit_layers": [1, 2], "loss": [2.5, 2.0], "accuracy": [0.1, 0.2], "agreement": [0.5, 1.0]},
+        "evaluations": [{"step": 2, "loss": {"1": 2.5, "2": 2.0}}],
+        "decoding": [
+            {"exit_layer": 1, "num_speculations": 2, "acceptance_rate": None, "tokens_per_round": 2.0, "speedup": 1.5}
+        ],
+    }
+)
+
 
 @pytest.fixture
 def small_run(tiny_run):
@@ -93,6 +103,41 @@ def test_findings_tell_a_loss_that_gets_worse():
     ]
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("step_times.json", '{"none": "3"}'),
+        ("step_times.json", '{"none": NaN}'),
+        ("step_times.json", '{"none": -1.5}'),
+        ("step_times.json", '{"none": null}'),
+        ("step_times.json", "[1.5]"),
+        ("step_times.json", '{"none": 1.'),
+        ("none/seed0/result.json", "{}"),
+        ("none/seed0/result.json", '{"profile": [], "evaluations": [], "decoding": []}'),
+        ("none/seed0/result.json", GOOD_RESULT.replace("[2.5, 2.0]", "[2.5]")),
+        ("none/seed0/result.json", GOOD_RESULT.replace('"2": 2.0', '"3": 2.0')),
+        ("none/seed0/result.json", GOOD_RESULT.replace('"speedup"', '"slowdown"')),
+        ("none/seed0/result.json", GOOD_RESULT[:-9]),
+    ],
+)
+def test_a_damaged_file_of_results_is_named(file, content, small_run, tmp_path):
+    good = {"step_times.json": '{"none": 1.5}', "none/seed0/result.json": GOOD_RESULT}
+    (tmp_path / "none" / "seed0").mkdir(parents=True)
+    for name, text in good.items():
+        (tmp_path / name).write_text(text)
+    assert [o.step_time for o in outcomes(tmp_path, 2)] == [1.5]
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=f"{file} (is damaged .*; remove it|is not JSON|must hold a JSON object)"):
+        outcomes(tmp_path, 2)
+
+
+def test_damaged_step_times_are_refused_before_training(small_run, tmp_path):
+    (tmp_path / "step_times.json").write_text('{"none": 0}')
+    with pytest.raises(UserError, match=r"step_times\.json is damaged .*0 is not a number of seconds.*; remove it"):
+        ablate(small_run, tmp_path, ["none"])
+    assert [path.name for path in tmp_path.iterdir()] == ["step_times.json"]
+
+
 @pytest.mark.slow
 def test_runs_are_trained_compared_and_not_repeated(small_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "_NUM_SPECULATIONS", (2,))
@@ -106,7 +151,7 @@ def test_runs_are_trained_compared_and_not_repeated(small_run, tmp_path, capsys,
     assert all(setting["matches_autoregressive"] for setting in result["decoding"])
     config = json.loads((tmp_path / "focused-skipping" / "seed0" / "config.json").read_text())
     assert config["layerskip"]["exit_last"] == 1
-    found = outcomes(tmp_path, list(recipes(2).values()))
+    found = outcomes(tmp_path, 2)
     assert [o.recipe.name for o in found] == [BASELINE, "focused-skipping"]
     assert all(o.step_time > 0 for o in found)
 

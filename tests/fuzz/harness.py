@@ -163,7 +163,7 @@ class Clock:
 
 
 @contextlib.contextmanager
-def time_limit(processor: float, wall: float) -> Iterator[Clock]:
+def time_limit(processor: float = PROCESSOR_LIMIT, wall: float = WALL_LIMIT) -> Iterator[Clock]:
     """Raises Hang in the main thread after some seconds of processor time of this process, or of wall-clock time.
 
     Ends the process when the input does not return to Python a minute after the second limit.

@@ -8,10 +8,10 @@ from lsjax.checks import check_seed
 from lsjax.config import Config
 from lsjax.errors import UserError
 from lsjax.experiments.ablation.figure import draw_ablation
-from lsjax.experiments.ablation.recipes import choose, recipes
+from lsjax.experiments.ablation.recipes import choose
 from lsjax.experiments.ablation.report import findings, outcomes, table
 from lsjax.experiments.ablation.run import run_all
-from lsjax.files import disk_path, own_results
+from lsjax.files import disk_path
 from lsjax.reports.tables import print_table
 
 
@@ -30,12 +30,11 @@ def ablate(
     workdir, layers = disk_path(workdir, "workdir"), config.model.num_layers
     if interrupted := run_all(config, workdir, choose(names, layers), seeds):
         return interrupted
-    with own_results(workdir):  # result.json of a run, or step_times.json
-        found = outcomes(workdir, list(recipes(layers).values()))
-        print()
-        print_table(table(found, layers))
-        for line in findings(found, layers):
-            print(line)
+    found = outcomes(workdir, layers)
+    print()
+    print_table(table(found, layers))
+    for line in findings(found, layers):
+        print(line)
     draw_ablation(workdir / "ablation.png", found, layers)
     print(f"picture: {workdir / 'ablation.png'}")
     return None

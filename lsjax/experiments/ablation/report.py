@@ -10,9 +10,11 @@ import numpy as np
 from rich.table import Table
 
 from lsjax.evaluation.exits import ExitProfile
-from lsjax.experiments.ablation.recipes import BASELINE, Recipe
-from lsjax.experiments.ablation.run import is_done
-from lsjax.files import read_json
+from lsjax.experiments.ablation.recipes import BASELINE, Recipe, recipes
+from lsjax.experiments.ablation.run import is_done, read_step_times
+from lsjax.files import own_results, read_json
+
+_DECODING = ("acceptance_rate", "tokens_per_round", "speedup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +73,7 @@ class Outcome:
         runs = [
             run for r in self.results for run in r["decoding"] if (run["exit_layer"], run["num_speculations"]) == wanted
         ]
-        names = "acceptance_rate", "tokens_per_round", "speedup"
-        return {name: statistics.mean(run[name] or 0.0 for run in runs) for name in names}
+        return {name: statistics.mean(run[name] or 0.0 for run in runs) for name in _DECODING}
 
     def settings(self) -> list[tuple[int, int]]:
         """Lists the measured settings as (exit_layer, num_speculations)."""
@@ -84,17 +85,32 @@ class Outcome:
         return {"exit_layer": best[0], "num_speculations": best[1]} | self.decoding(*best)
 
 
-def outcomes(workdir: Path, recipes: Sequence[Recipe]) -> list[Outcome]:
-    """Reads the finished seeds of every recipe that has any."""
-    times = read_json(workdir / "step_times.json")
+def outcomes(workdir: Path, num_layers: int) -> list[Outcome]:
+    """Reads the finished seeds of every recipe that has any. Raises UserError that names a damaged file."""
+    times = read_step_times(workdir)
     found = []
-    for recipe in recipes:
+    for recipe in recipes(num_layers).values():
         folders = {int(folder.name.removeprefix("seed")): folder for folder in (workdir / recipe.name).glob("seed*")}
         seeds = tuple(sorted(seed for seed, folder in folders.items() if is_done(folder)))
         if seeds and recipe.name in times:
-            results = tuple(read_json(folders[seed] / "result.json") for seed in seeds)
+            results = tuple(_read_result(folders[seed] / "result.json", num_layers) for seed in seeds)
             found.append(Outcome(recipe, seeds, results, times[recipe.name]))
     return found
+
+
+def _read_result(path: Path, num_layers: int) -> dict[str, Any]:
+    tree = read_json(path)
+    with own_results(path):
+        exits = [str(exit_layer) for exit_layer in range(1, num_layers + 1)]
+        for name in ExitProfile._fields:
+            if len([float(value) for value in tree["profile"][name]]) != num_layers:
+                raise ValueError(f"{name} has not one value per exit")
+        for evaluation in tree["evaluations"]:
+            _ = int(evaluation["step"]), [float(evaluation["loss"][exit_layer]) for exit_layer in exits]
+        for run in tree["decoding"]:
+            _ = int(run["exit_layer"]), int(run["num_speculations"])
+            _ = [float(run[name] or 0) for name in _DECODING]
+    return tree
 
 
 def baseline_at_equal_time(all_outcomes: Sequence[Outcome], outcome: Outcome) -> float:

@@ -24,7 +24,7 @@ from lsjax.errors import UserError
 from lsjax.experiments.ablation.recipes import Recipe
 from lsjax.experiments.ablation.recipes import recipes as all_recipes
 from lsjax.experiments.sweep import Grid, default_exit_layers
-from lsjax.files import make_folder, read_json, write_atomically
+from lsjax.files import make_folder, own_results, read_json, write_atomically
 from lsjax.io.workdir import check_free
 from lsjax.parallel.sharding import make_mesh
 from lsjax.training.loop import train
@@ -63,6 +63,7 @@ def run_all(
     for recipe in recipes:
         for seed in seeds:
             check_free(workdir / recipe.name / f"seed{seed}", recipe.config(config, seed))
+    read_step_times(workdir)  # a damaged file is refused before hours of training
     make_folder(workdir, "workdir")
     runs = [(recipe, seed) for seed in seeds for recipe in recipes]
     began, done = time.monotonic(), 0
@@ -105,6 +106,19 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in read_complete_lines(folder / "evaluations.jsonl")]
 
 
+def read_step_times(workdir: Path) -> dict[str, float]:
+    """Returns the seconds per training step of each recipe that were measured before.
+
+    Raises UserError when the file is damaged.
+    """
+    path = workdir / "step_times.json"
+    times = read_json(path) if path.exists() else {}
+    with own_results(path):
+        if wrong := [seconds for seconds in times.values() if type(seconds) is not float or not 0 < seconds < math.inf]:
+            raise ValueError(f"{wrong[0]!r} is not a number of seconds")
+    return times
+
+
 def measure_step_times(
     config: Config, workdir: Path, recipes: Sequence[Recipe], note: Callable[[str], None]
 ) -> dict[str, float]:
@@ -113,8 +127,7 @@ def measure_step_times(
     Recipes take turns in rounds that are spread over the course of training, each a whole rotation of exits. When the
     file lacks a recipe, all are measured again, including those that it holds, so that they stay comparable.
     """
-    path = workdir / "step_times.json"
-    known = read_json(path) if path.exists() else {}
+    known = read_step_times(workdir)
     if all(recipe.name in known for recipe in recipes):
         return known
     wanted = [r for r in all_recipes(config.model.num_layers).values() if r in recipes or r.name in known]
@@ -136,7 +149,7 @@ def measure_step_times(
         ]
     # The mean over the course of training, because the number of dropped layers depends on the step.
     means = {name: statistics.mean(one[name] for one in times) / count for name in runs}
-    write_atomically(path, json.dumps(means))
+    write_atomically(workdir / "step_times.json", json.dumps(means))
     return means
 
 
