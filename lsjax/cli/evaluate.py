@@ -13,7 +13,8 @@ On your files, in the format in which the data set is published, or with a promp
     --tasks=xsum:data/xsum,gsm8k:test.jsonl
   lsjax evaluate --model=runs/demo --tasks=custom:mine.jsonl:rougeL
 
-Decoding is greedy. Autoregressive decoding always runs, because speed-up and equal texts compare with it. In float32, a
+Decoding is greedy. Autoregressive decoding always runs, because speed-up and equal texts compare with it. The
+strategies take turns, batch by batch, so that a change of the machine's load hits all alike. In float32, a
 self-speculative text that is not the autoregressive one ends the command with status 1.
 
 With --report, an interrupted evaluation goes on where it stopped, and further tasks and strategies join the same file.

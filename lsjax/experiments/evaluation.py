@@ -1,4 +1,4 @@
-"""Evaluates a model task by task and strategy by strategy, and resumes from its report."""
+"""Evaluates a model task by task with strategies that take turns, and resumes from its report."""
 
 import dataclasses
 import hashlib
@@ -12,10 +12,13 @@ import numpy as np
 
 from lsjax.benchmarks.quality import (
     Note,
+    StrategyRecords,
     TaskRun,
+    check_records,
+    decode_in_turns,
     held_out_windows,
     measure_held_out_text,
-    measure_task,
+    task_row,
 )
 from lsjax.decoding.batch import GenerationConfig, check_whole_number
 from lsjax.decoding.forward import cache_dtype
@@ -32,11 +35,12 @@ from lsjax.decoding.strategies import (
 from lsjax.errors import UserError
 from lsjax.evaluation.tasks.held_out_text import HeldOutText, Window
 from lsjax.evaluation.tasks.task import Example, Task
-from lsjax.files import read_json, write_atomically
+from lsjax.experiments.evaluation_report import Report, open_report
+from lsjax.files import own_results, path_of
+from lsjax.reports.evaluation import chosen_strategy
 from lsjax.tuning.cost_model import candidates, measure_settings, vocabularies
 from lsjax.tuning.tuned_settings import BOTH_AUTO
 
-_FORMAT = "lsjax evaluation 1"
 _AUTOREGRESSIVE = AUTOREGRESSIVE.name
 
 
@@ -93,40 +97,32 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures every task with every strategy, and returns the report: settings, and a row for each pair.
 
-    tasks: by their names. strategies: as `parse_strategy` reads them. Autoregressive decoding always runs first,
+    tasks: by their names. strategies: as `parse_strategy` reads them. Autoregressive decoding always runs as well,
       because speed-ups and equal texts compare with it.
-    report_path: a file that is written after each row. If it holds rows of these settings, they are not measured again.
+    report_path: a file that is written every ten seconds and after each task. What it holds of these settings is not
+      measured again. When further strategies join it, autoregressive decoding runs again beside them.
     note: receives lines of progress. settings: more settings that must be the same when a report is continued.
 
-    Raises UserError when the file holds an evaluation with other settings, and InexactError when a self-speculative
-    text in float32 is not the autoregressive one.
+    Raises UserError when the file holds an evaluation with other settings or other autoregressive texts, and
+    InexactError when a self-speculative text in float32 is not the autoregressive one.
     """
     names = [_AUTOREGRESSIVE, *(name for name in dict.fromkeys(strategies) if name != _AUTOREGRESSIVE)]
     parsed = {name: parse_strategy(name, model.config.num_layers) for name in names}
-    report = _open_report(report_path, _all_settings(model, config) | (settings or {}))
+    report = open_report(report_path, _all_settings(model, config) | (settings or {}))
     inputs = {name: _prepare(model, name, task, config, note) for name, task in tasks.items()}
     for name, prepared in inputs.items():
-        _check_same_examples(report, name, prepared, report_path)
-    total, number = len(names) * len(tasks), 0
-    for task_name, prepared in inputs.items():
-        for strategy_name, strategy in parsed.items():
-            number += 1
-            if find_row(report, task_name, strategy_name):
-                note(f"[{number}/{total}] {task_name}, {strategy_name}: in the report already")
-                continue
-            note(f"[{number}/{total}] {task_name}, {strategy_name}")
-            row = prepared.measure(model, strategy, find_row(report, task_name, _AUTOREGRESSIVE), note)
-            report["rows"].append(
-                {"strategy": strategy_name, "sha256": prepared.fingerprint, "too_long": prepared.too_long} | row
-            )
-            if report_path:
-                write_atomically(report_path, json.dumps(report, indent=1))
-    return report
-
-
-def find_row(report: dict[str, Any], task: str, strategy: str) -> dict[str, Any] | None:
-    """Returns the row of a task and a strategy, both by name, or None."""
-    return next((row for row in report["rows"] if (row["task"], row["strategy"]) == (task, strategy)), None)
+        report.check_same_examples(name, prepared.fingerprint)
+    for number, (task_name, prepared) in enumerate(inputs.items(), 1):
+        missing = {}
+        for name, strategy in parsed.items():
+            if report.find(task_name, name):
+                note(f"{task_name}, {name}: in the report already")
+            else:
+                missing[name] = strategy
+        if missing:
+            note(f"[{number}/{len(inputs)}] {task_name}: {', '.join(missing)}")
+            prepared.measure(model, missing, report, note)
+    return report.content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +136,34 @@ class _Prompts:
     def fingerprint(self) -> str:
         return _sha256(self.run.examples)
 
-    def measure(self, model: Model, strategy: Strategy, autoregressive: dict[str, Any] | None, note: Note) -> dict:
-        if is_auto(strategy):
-            strategy = _tuned(model, self.run, note)
-        return measure_task(model, self.run, strategy, autoregressive, note)
+    def measure(self, model: Model, strategies: dict[str, Strategy], report: Report, note: Note) -> None:
+        """Decodes the task with strategies that take turns, and adds their rows to the report."""
+        run, measured = self.run, {}
+        for name in dict.fromkeys([_AUTOREGRESSIVE, *strategies]):
+            measured[name] = self._stored(model, name, report)
+            if not measured[name]:
+                strategy = strategies[name]
+                measured[name] = StrategyRecords(_tuned(model, run, note) if is_auto(strategy) else strategy)
+        if _AUTOREGRESSIVE not in strategies:
+            note(f"{run.name}: autoregressive decoding runs again, because speed-ups compare with it")
+
+        def rows() -> list[dict[str, Any]]:
+            told = {"sha256": self.fingerprint, "too_long": self.too_long}
+            return [{"strategy": name} | told | task_row(run, measured[name]) for name in strategies]
+
+        decode_in_turns(model, run, measured, note, lambda: report.keep_unfinished(rows()))
+        report.add(rows())
+
+    def _stored(self, model: Model, name: str, report: Report) -> StrategyRecords | None:
+        """Returns what the report has of a strategy, or None. Raises UserError when it is damaged."""
+        row = report.find(self.run.name, name) or report.find_unfinished(self.run.name, name)
+        if not row:
+            return None
+        with own_results(report.path or path_of("the report")):
+            records, strategy = row["records"], parse_strategy(chosen_strategy(row), model.config.num_layers)
+            stored = StrategyRecords(strategy, records, float(row["seconds"]), float(row["compile_seconds"]))
+            check_records(self.run, records)
+            return stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +179,13 @@ class _Windows:
     def fingerprint(self) -> str:
         return _sha256([window.batch.tokens.tolist() for window in self.windows])
 
-    def measure(self, model: Model, strategy: Strategy, autoregressive: dict[str, Any] | None, note: Note) -> dict:
-        if is_auto(strategy):  # its text is the full model's, whatever it drafts with
-            strategy = AUTOREGRESSIVE
-        return measure_held_out_text(model, self.name, self.windows, strategy, self.seed, note)
+    def measure(self, model: Model, strategies: dict[str, Strategy], report: Report, note: Note) -> None:
+        """Measures the bits of each strategy, and adds its row to the report."""
+        for name, strategy in strategies.items():
+            if is_auto(strategy):  # its text is the full model's, whatever it drafts with
+                strategy = AUTOREGRESSIVE
+            row = measure_held_out_text(model, self.name, self.windows, strategy, self.seed, note)
+            report.add([{"strategy": name, "sha256": self.fingerprint, "too_long": self.too_long} | row])
 
 
 def _prepare(
@@ -232,36 +255,6 @@ def _all_settings(model: Model, config: EvaluationConfig) -> dict[str, Any]:
         "jax_version": jax.__version__,
         **dataclasses.asdict(config),
     }
-
-
-def _open_report(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the report at `path`, or a new one. Raises UserError for one of other settings or another kind."""
-    if path is None or not path.exists():
-        return {"format": _FORMAT, "settings": settings, "rows": []}
-    report = read_json(path)
-    rows = report.get("rows")
-    whole = isinstance(report.get("settings"), dict) and isinstance(rows, list) and all(map(_is_row, rows))
-    if report.get("format") != _FORMAT or not whole:
-        raise UserError(f"--report {path} is no report of lsjax evaluate: give another file")
-    for key, value in settings.items():
-        old = report["settings"].get(key)
-        if old != value:
-            raise UserError(
-                f"--report {path} holds an evaluation with {key} {old!r}, and this one has {value!r}: use the same "
-                "settings, or another file"
-            )
-    return report
-
-
-def _is_row(row: Any) -> bool:
-    return isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("task", "strategy", "sha256"))
-
-
-def _check_same_examples(report: dict[str, Any], name: str, prepared: _Prompts | _Windows, path: Path | None) -> None:
-    """Raises UserError when the report has rows of a task with other examples."""
-    others = [row for row in report["rows"] if row["task"] == name and row["sha256"] != prepared.fingerprint]
-    if others:
-        raise UserError(f"--report {path} holds {name} with other examples: its files have changed; give another file")
 
 
 def _sha256(content: object) -> str:

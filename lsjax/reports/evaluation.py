@@ -51,10 +51,13 @@ def _first_place(report: dict[str, Any], task: str) -> int:
 
 def _strategy(row: dict[str, Any]) -> str:
     """Returns a strategy as --strategies names it; for "auto", also what it chose."""
-    if row["strategy"] != "auto":
-        return row["strategy"]
-    chosen = [row["decoded_by"], row["exit_layer"], row["num_speculations"], row.get("draft_vocabulary")]
-    return f"auto ({':'.join(str(part) for part in chosen if part is not None)})"
+    return f"auto ({chosen_strategy(row)})" if row["strategy"] == "auto" else row["strategy"]
+
+
+def chosen_strategy(row: dict[str, Any]) -> str:
+    """Returns the strategy that decoded a row, as --strategies names it, with numbers in place of "auto"."""
+    parts = (row["decoded_by"], row["exit_layer"], row["num_speculations"], row.get("draft_vocabulary"))
+    return ":".join(str(part) for part in parts if part is not None)
 
 
 def _interval(estimate: dict[str, float] | None, spec: str) -> str:

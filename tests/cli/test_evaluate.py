@@ -1,7 +1,5 @@
 """`lsjax evaluate`: its rows are what `lsjax.generate` and the scores give; it resumes, and it refuses what differs."""
 
-import contextlib
-import io
 import json
 import statistics
 from pathlib import Path
@@ -10,29 +8,18 @@ import pytest
 
 import lsjax
 from lsjax.benchmarks import quality
-from lsjax.cli.main import main
 from lsjax.decoding.results import GenerateResult
 from lsjax.experiments import evaluation
 from lsjax.tuning.cost_model import Setting, Tuning
+from tests.helpers.evaluations import MODEL, NEW_TOKENS, PROMPTS, row_of
+from tests.helpers.evaluations import run_evaluate as run
 
-MODEL = Path(__file__).parent.parent / "io" / "recorded" / "llama32"
 DATA = Path(__file__).parent.parent / "evaluation" / "data"
-PROMPTS = ["the cat", "a", "on the mat there sat", "it is"]
-NEW_TOKENS = 12
 STRATEGIES = {
     "autoregressive": lsjax.Autoregressive(),
     "early_exit:1": lsjax.EarlyExit(1),
     "self_speculative:1:3": lsjax.SelfSpeculative(1, 3),
 }
-
-
-def run(*arguments, status=0):
-    """Returns (standard output, standard error) of `lsjax evaluate`."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["evaluate", f"--model={MODEL}", f"--max_new_tokens={NEW_TOKENS}", *map(str, arguments)])
-    assert code == status, err.getvalue()
-    return out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +54,7 @@ def report_of_all(custom, tmp_path_factory):
 def test_a_row_is_what_generate_gives(report_of_all, texts, custom, name):
     report, _ = report_of_all
     assert [row["strategy"] for row in report["rows"]] == list(STRATEGIES)
-    row = evaluation.find_row(report, f"custom:{custom}", name)
+    row = row_of(report, f"custom:{custom}", name)
     expected, full = texts[name], texts["autoregressive"]
     assert [record["text"] for record in row["records"]] == expected.text
     assert [record["tokens"] for record in row["records"]] == expected.tokens
@@ -79,7 +66,7 @@ def test_a_row_is_what_generate_gives(report_of_all, texts, custom, name):
     assert (row["acceptance_rate"] or {}).get("value") == (accepted / drafted if drafted else None)
 
 
-def test_speeds_are_medians_over_examples_against_autoregressive(report_of_all, custom):
+def test_speeds_are_medians_against_autoregressive(report_of_all, custom):
     report, _ = report_of_all
     first, *others = report["rows"]
     assert first["speedup"] == {"value": 1.0, "low": 1.0, "high": 1.0}
@@ -109,27 +96,10 @@ def test_a_batch_gives_the_same_texts(report_of_all, custom, tmp_path):
     ]
 
 
-def test_an_interrupted_evaluation_goes_on_and_others_are_refused(custom, tmp_path, monkeypatch):
-    path, measure = tmp_path / "report.json", quality.measure_task
-    arguments = [f"--tasks=custom:{custom}", "--num_examples=2", f"--report={path}"]
-
-    def interrupt(model, task, strategy, *others):
-        if strategy.name == "early_exit":
-            raise KeyboardInterrupt
-        return measure(model, task, strategy, *others)
-
-    monkeypatch.setattr(evaluation, "measure_task", interrupt)
-    run(*arguments, "--strategies=self_speculative:1:3,early_exit:1", status=130)
-    before = json.loads(path.read_text())
-    assert [row["strategy"] for row in before["rows"]] == ["autoregressive", "self_speculative:1:3"]
-    monkeypatch.undo()
-    _, err = run(*arguments, "--strategies=self_speculative:1:3,early_exit:1")
-    assert err.count("in the report already") == 2
-    after = json.loads(path.read_text())
-    assert after["rows"][:2] == before["rows"]
-    assert [row["strategy"] for row in after["rows"]][2:] == ["early_exit:1"]
-
-    _, err = run(*arguments, "--batch_size=2", status=2)
+def test_other_settings_and_other_examples_are_refused(custom, tmp_path):
+    path = tmp_path / "report.json"
+    run(f"--tasks=custom:{custom}", "--num_examples=2", f"--report={path}")
+    _, err = run(f"--tasks=custom:{custom}", "--num_examples=2", f"--report={path}", "--batch_size=2", status=2)
     assert "holds an evaluation with batch_size 1, and this one has 2: use the same settings, or another file" in err
     assert err.count("\n") == 1
     lines = custom.read_text().replace('"no"', '"yes"')
@@ -168,7 +138,7 @@ def test_a_self_speculative_text_that_is_not_exact_ends_the_command(custom, tmp_
     assert err.splitlines()[-1].startswith(
         f"lsjax evaluate: custom:{custom}, example 3: self-speculation in float32 is not exact: its new token 5 is not"
     )
-    assert [row["strategy"] for row in json.loads(path.read_text())["rows"]] == ["autoregressive"]
+    assert not path.exists()
 
 
 def test_int8_and_bfloat16_need_not_be_exact():
@@ -188,7 +158,7 @@ def test_auto_decodes_with_the_setting_that_is_predicted_to_be_the_fastest(
     monkeypatch.setattr(evaluation, "measure_settings", lambda *arguments: tuning)
     path = tmp_path / "report.json"
     out, _ = run(f"--tasks=custom:{custom}", "--strategies=auto", "--num_examples=2", f"--report={path}")
-    auto = evaluation.find_row(json.loads(path.read_text()), f"custom:{custom}", "auto")
+    auto = row_of(json.loads(path.read_text()), f"custom:{custom}", "auto")
     assert auto["same_texts"]["value"] == 1
     assert (auto["acceptance_rate"] is None) == (chosen == "autoregressive")
     assert f"auto ({chosen})" in out
