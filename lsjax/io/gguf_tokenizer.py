@@ -57,10 +57,12 @@ def gguf_tokenizer(fields: dict[str, Any], where: str) -> Tokenizer:
     a vocabulary that holds a text twice.
     """
     kind = fields.get("tokenizer.ggml.model")
-    for key in ("tokens", "token_type", *(("scores",) if kind == "llama" else ("merges", "eos_token_id"))):
+    for key in ("tokens", "token_type", "scores" if kind == "llama" else "eos_token_id"):
         if f"tokenizer.ggml.{key}" not in fields:
             raise UserError(f"{where} has no field tokenizer.ggml.{key}")
     _check_fields(fields, where)
+    if kind == "gpt2" and "tokenizer.ggml.merges" not in fields and _needs_merges(fields):
+        raise UserError(f"{where} has no field tokenizer.ggml.merges")
     with building(f"{where}: its tokenizer cannot be rebuilt"):
         return _rebuild(fields, kind, where)
 
@@ -82,6 +84,12 @@ def _check_fields(fields: dict[str, Any], where: str) -> None:
     for key in ("add_bos_token", "add_space_prefix"):
         if type(value := fields.get(f"tokenizer.ggml.{key}", True)) is not bool:
             raise UserError(f"{where}: tokenizer.ggml.{key} must be true or false, got {shown(value)}")
+
+
+def _needs_merges(fields: dict[str, Any]) -> bool:
+    """Returns whether a byte-level vocabulary has tokens of several bytes. Writers of GGUF leave empty lists out."""
+    entries = zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"], strict=True)
+    return any(len(text) > 1 for text, type_ in entries if _token_type(text, type_) == _NORMAL)
 
 
 def _rebuild(fields: dict[str, Any], kind: str | None, where: str) -> Tokenizer:
@@ -146,7 +154,7 @@ def _byte_level(fields: dict[str, Any], ids: dict[str, int], pre: Any, where: st
             f"{where}: tokenizer.ggml.pre is {pre!r}; lsjax knows {', '.join([*PRE_TOKENIZERS, *_ALIASES])}. Set it "
             "with the gguf package: gguf-new-metadata --pre-tokenizer NAME OLD.gguf NEW.gguf"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
     backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pre in IGNORE_MERGES))
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]
     backend.decoder = decoders.ByteLevel()

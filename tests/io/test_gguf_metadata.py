@@ -9,6 +9,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 import lsjax
 from lsjax.io.gguf_tokenizer import gguf_tokenizer
@@ -92,6 +93,24 @@ def test_a_text_that_stands_twice_is_refused():
     with pytest.raises(lsjax.UserError, match=r"holds '▁hello' twice, with the ids \d+ and \d+"):
         gguf_tokenizer(sentencepiece_fields("▁hello"), "test")
     gguf_tokenizer(sentencepiece_fields("", "", types=[5, 5]), "test")  # llama.cpp names empty tokens by their ids
+
+
+def test_a_vocabulary_of_single_bytes_needs_no_merges():
+    """GGUFWriter writes no empty list, so such a file has no field for them."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fields = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": [*letters, "<|end|>"],
+        "token_type": [1] * 256 + [3],
+        "eos_token_id": 256,
+    }
+    fields = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    assert gguf_tokenizer(fields, "test").encode("a1 ") == [letters.index(letter) for letter in "a1Ġ"]
+    fields["tokenizer.ggml.tokens"][256:] = ["<|end|>", "Ġa"]
+    fields["tokenizer.ggml.token_type"].append(1)
+    with pytest.raises(lsjax.UserError, match=r"test has no field tokenizer\.ggml\.merges"):
+        gguf_tokenizer(fields, "test")
 
 
 @pytest.mark.parametrize("name", ["llama3", "llama-v3", "falcon3", "lfm2"])
