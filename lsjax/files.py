@@ -83,7 +83,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from None
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is not there, or its folder is none
+                temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -291,7 +292,8 @@ def remove(path: Path) -> None:
     elif path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
 
 
 def upload_folder(source: Path, target: "BucketPath", last: Collection[str] = ()) -> None:

@@ -254,10 +254,8 @@ def _list_folder(named: str, root: Path, pattern: str, left_out: set[str], confi
                 continue
             if found := own_folder(relative):
                 own |= [found]
-            elif size is None:
-                skipped.add_file(name, "a link to a folder")
-            elif size < 0:
-                skipped.add_file(name, "a folder that may not be read")
+            elif isinstance(size, str):
+                skipped.add_file(name, size)
             elif kind_of(relative.name, config):
                 files.append((name, size))
             else:
@@ -272,21 +270,21 @@ def _list_folder(named: str, root: Path, pattern: str, left_out: set[str], confi
     return Corpus(named, str(root), tuple(sorted(files)), config, skipped)
 
 
-def _matching(root: Path, pattern: str) -> Iterator[tuple[str, int | None]]:
-    """Yields the name and size of each file that matches.
-
-    A link to a folder has the size None, and a folder that may not be read the size -1.
-    """
+def _matching(root: Path, pattern: str) -> Iterator[tuple[str, int | str]]:
+    """Yields the name of each file that matches, with its size, or with the reason why it cannot be read."""
     if in_bucket(root):
         yield from ((name, found.size) for name, found in root.objects(pattern).items())
         return
     for path in root.glob(pattern):
+        name = path.relative_to(root).as_posix()
         if path.is_file():
-            yield path.relative_to(root).as_posix(), path.stat().st_size
-        elif path.is_dir() and path.is_symlink():
-            yield path.relative_to(root).as_posix(), None
-        elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):  # glob passes over it silently
-            yield path.relative_to(root).as_posix(), -1
+            yield name, path.stat().st_size
+        elif not path.is_dir():
+            yield name, "a pipe or a device" if path.exists() else "a link to nothing"
+        elif path.is_symlink():
+            yield name, "a link to a folder"
+        elif not os.access(path, os.R_OK | os.X_OK):  # glob passes over it silently
+            yield name, "a folder that may not be read"
 
 
 def _shown(name: str) -> str:

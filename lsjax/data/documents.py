@@ -1,8 +1,11 @@
 """Reads the documents of a corpus, a piece of a file at a time, and decides which of them are held out."""
 
+import contextlib
 import hashlib
 import io
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +62,7 @@ def read_documents(pieces: Sequence[Piece], data: DataConfig, skipped: Skipped) 
         if kind == "tokens":
             documents = _read_tokens(piece, data)
         elif kind == "text":
-            documents = _read_file(piece, skipped)
+            documents = _read_file(piece, data, skipped)
         else:
             documents = _read_rows(piece, kind, data)
         for document in documents:
@@ -103,15 +106,37 @@ def _read_tokens(piece: Piece, data: DataConfig) -> Iterator[Document]:
         yield Document("", Place(piece, begin), tokens=document)
 
 
-def _read_file(piece: Piece, skipped: Skipped) -> Iterator[Document]:
+def _read_file(piece: Piece, data: DataConfig, skipped: Skipped) -> Iterator[Document]:
     path = path_of(piece.path)
     try:
         with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig") as file:
-            yield Document(file.read(), Place(piece))
+            text = file.read()
     except UnicodeDecodeError:
         skipped.add_file(piece.name, "not UTF-8")
+        return
     except READ_ERRORS as error:
         raise unreadable(path, error) from None
+    if "\0" in text:  # such as UTF-16 without a byte order mark
+        skipped.add_file(piece.name, "null characters, so no text in UTF-8")
+        return
+    if _holds_rows(piece.name, text, data.text_key):
+        raise UserError(
+            f'{piece.path} holds rows with the key "{data.text_key}", and would be read as one plain text: save them '
+            "as .jsonl, one JSON object per line, or choose other files with config.data.file_pattern"
+        )
+    yield Document(text, Place(piece))
+
+
+def _holds_rows(name: str, text: str, key: str) -> bool:
+    """Returns whether a .json file is a list of rows, or one row per line, as some data sets name JSONL."""
+    if ".json" not in PurePosixPath(name.lower()).suffixes[-2:]:
+        return False
+    for part in (text, text.strip().partition("\n")[0]):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(part)
+            row = found[0] if isinstance(found, list) and found else found
+            return isinstance(row, dict) and isinstance(row.get(key), str)
+    return False
 
 
 def digest_of(content: bytes) -> bytes:

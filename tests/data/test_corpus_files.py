@@ -109,6 +109,32 @@ def test_a_folder_of_shards_is_read_line_by_line(tmp_path):
         texts(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", '[{"text": "one"}, {"text": "two"}]'),
+        ("a.JSON", '\n[\n  {"id": 1, "text": "one"}\n]\n'),
+        ("a.json", '{"text": "one"}\n{"text": "two"}\n'),
+        ("a-00000-of-01024.json.gz", gzip.compress(b'{"url": "x", "text": "one"}\n{"url": "y", "text": "two"}\n')),
+    ],
+)
+def test_rows_under_a_name_of_plain_text_are_refused(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "b.txt").write_text("plain text")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError, match=rf'{name} holds rows with the key "text".* save them as \.jsonl'):
+            texts(path)
+    assert texts(tmp_path, file_pattern="*.txt") == {"b.txt": "plain text"}
+
+
+def test_other_json_is_plain_text(tmp_path):
+    contents = ['{"name": "x",\n "text": 3}\n', "[1, 2]", "[]", "", "{", '"text"', '{"texts": "a"}', "[[]]"]
+    for index, content in enumerate(contents):
+        (tmp_path / f"{index}.json").write_text(content)
+    (tmp_path / "x.txt").write_text('{"text": "an example of a row"}')
+    assert len(texts(tmp_path)) == len(contents)  # all but the empty one, and x.txt
+
+
 @pytest.fixture
 def odd_folder(tmp_path):
     folder = tmp_path / "texts"
@@ -119,6 +145,9 @@ def odd_folder(tmp_path):
     (folder / "returns.txt").write_bytes(b"a\r\nb\r\n")
     (folder / "latin1.txt").write_bytes("café".encode("latin-1"))
     (folder / "utf16.txt").write_bytes("wide".encode("utf-16"))
+    (folder / "utf16-unmarked.txt").write_bytes("wide".encode("utf-16-le"))
+    (folder / "gone.txt").symlink_to(tmp_path / "gone.txt")
+    os.mkfifo(folder / "pipe.txt")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "linked.txt").write_text("behind a link")
     (folder / "link").symlink_to(tmp_path / "other")
@@ -131,8 +160,14 @@ def test_a_folder_says_what_it_left_out(odd_folder, tiny_run, tmp_path):
     assert found["mark.txt"] == "with a mark\n"
     assert found["returns.txt"] == "a\nb\n"
     skipped = read_texts(DataConfig(corpus=str(odd_folder)))[1]
-    assert sorted(skipped.names) == ["latin1.txt (not UTF-8)", "link (a link to a folder)", "utf16.txt (not UTF-8)"]
-    assert skipped.files == {"not UTF-8": 2, "a link to a folder": 1}
+    assert skipped.files == {
+        "not UTF-8": 2,
+        "a link to a folder": 1,
+        "a link to nothing": 1,
+        "a pipe or a device": 1,
+        "null characters, so no text in UTF-8": 1,
+    }
+    assert {"gone.txt (a link to nothing)", "pipe.txt (a pipe or a device)"} < {*skipped.names}
     notes = []
     config = dataclasses.replace(
         tiny_run,
@@ -140,7 +175,7 @@ def test_a_folder_says_what_it_left_out(odd_folder, tiny_run, tmp_path):
         training=dataclasses.replace(tiny_run.training, sequence_length=8),
     )
     prepare(config, tmp_path / "data", notes.append)
-    assert any(note.startswith("corpus: left out 3 files: latin1.txt (not UTF-8)") for note in notes)
+    assert any(note.startswith("corpus: left out 6 files: gone.txt (a link to nothing), ") for note in notes)
 
 
 def test_a_folder_without_any_text_names_what_it_left_out(tiny_run, tmp_path):

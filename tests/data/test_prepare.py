@@ -12,12 +12,13 @@ import time
 import numpy as np
 import pytest
 
-from lsjax.config import DataConfig
+from lsjax.config import Config, DataConfig
 from lsjax.data import corpus as corpora
 from lsjax.data.pipeline import held_out_batches, training_batches
 from lsjax.data.prepare import Shard, prepare, prepare_shard
 from lsjax.data.progress import PrepareProgress
 from lsjax.errors import UserError
+from lsjax.files import write_atomically
 from tests.conftest import process_environment
 from tests.helpers.corpora import read_texts
 
@@ -227,3 +228,10 @@ def test_wrong_validation_sets_are_named(sets, message, run, tmp_path):
     data = dataclasses.replace(run.data, validation=sets.format(tmp=tmp_path))
     with pytest.raises(UserError, match=message):
         prepare(dataclasses.replace(run, data=data), tmp_path / "data", silent, workers=1)
+
+
+@pytest.mark.parametrize("write", [lambda path: prepare(Config(), path), lambda path: write_atomically(path, "x")])
+def test_a_place_below_a_file_is_refused(write, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/data(\.partial)?: Not a directory"):
+        write(tmp_path / "file" / "data")
