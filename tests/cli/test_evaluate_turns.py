@@ -144,6 +144,24 @@ def test_an_interrupted_evaluation_goes_on(task, path, log, monkeypatch, batch_s
     assert err.count("in the report already") == 3
 
 
+def test_an_evaluation_that_ends_before_its_last_rows_decodes_nothing_again(task, path, log, monkeypatch):
+    arguments = [f"--tasks={task}", "--batch_size=3", f"--report={path}", STRATEGIES]
+
+    def end(report, rows):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation_report, "_SECONDS_BETWEEN_WRITES", 0)
+        patch.setattr(evaluation_report.Report, "add", end)
+        run_evaluate(*arguments, status=130)
+    log.clear()
+    run_evaluate(*arguments)
+    assert log.calls == []
+    report = json.loads(path.read_text())
+    assert [len(row["records"]) for row in report["rows"]] == [4] * 3
+    assert report["unfinished"] == []
+
+
 def test_another_strategy_takes_the_place_of_an_interrupted_one(task, path, log, monkeypatch):
     monkeypatch.setattr(evaluation_report, "_SECONDS_BETWEEN_WRITES", 0)
     arguments = [f"--tasks={task}", f"--report={path}"]
