@@ -45,11 +45,20 @@ def test_number_types_are_the_platforms(platform, capable, asked, compute, round
     assert ("products of bfloat16" in str(chosen)) == rounds
 
 
-@pytest.mark.parametrize(("flags", "capable"), [("avx512f avx512_bf16", True), ("avx512f avx2", False), (None, False)])
-def test_the_processor_is_asked(flags, capable, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("vendor", "flags", "capable"),
+    [
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("GenuineIntel", "avx512f avx512_bf16", False),
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16", True),
+        ("AuthenticAMD", "avx512f avx2", False),
+        (None, None, False),
+    ],
+)
+def test_the_processor_is_asked(vendor, flags, capable, monkeypatch, tmp_path):
     path = tmp_path / "cpuinfo"
     if flags is not None:
-        path.write_text(f"flags : fpu {flags}\n")
+        path.write_text(f"vendor_id : {vendor}\nflags : fpu {flags}\n")
     monkeypatch.setattr(execution, "CPU_INFO", path)
     execution.cpu_multiplies_bfloat16.cache_clear()
     assert execution.cpu_multiplies_bfloat16() == capable

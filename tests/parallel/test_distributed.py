@@ -161,7 +161,7 @@ def test_hosts_that_disagree_are_named(config, tmp_path):
 ON_ITS_PROCESSOR = """
 import pathlib, runpy, sys
 from lsjax.model import execution
-flags = "avx512_bf16" if "--process_id=0" in sys.argv else "avx2"
+flags = "amx_bf16" if "--process_id=0" in sys.argv else "avx2"
 execution.CPU_INFO = pathlib.Path(__file__).with_name(flags)
 execution.CPU_INFO.write_text(flags)
 sys.path.insert(0, "{folder}")
