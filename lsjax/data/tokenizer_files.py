@@ -136,7 +136,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any], end_ids
             backend.add_tokens([token])
             if backend.token_to_id(token.content) != index:
                 raise UserError(
-                    f"{folder}: {SETTINGS} or {_ADDED_TOKENS} gives the token {token.content!r} the id {index}, "
+                    f"{folder}: {SETTINGS} or {_ADDED_TOKENS} gives the token {token.content!r} the id {index!r}, "
                     f"but {TOKENIZER} leaves it {backend.token_to_id(token.content)}"
                 )
             known.add(token.content)

@@ -117,6 +117,9 @@ def test_an_added_token_that_cannot_have_its_id_is_refused(tmp_path):
         load(tmp_path, byte_level("<s>", "</s>"), {"added_tokens_decoder": listed}, 257)
     with pytest.raises(UserError, match="cannot be added"):
         load(tmp_path, byte_level("<s>", "</s>"), {"added_tokens_decoder": {"258": {"text": "x"}}}, 257)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": "258"}')
+    with pytest.raises(UserError, match=r"the id '258', but tokenizer\.json leaves it 258"):
+        load(tmp_path, byte_level("<s>", "</s>"), {}, 257)
 
 
 @pytest.mark.parametrize("settings", [{"bos_token": None}, {}, {"add_bos_token": True}])
