@@ -112,7 +112,9 @@ def _no_weights(folder: Path) -> UserError:
             "If you trust it, convert it with transformers: "
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if (whole := folder / WHOLE).is_symlink() and not whole.exists():  # such as a cache whose files were deleted
+        return UserError(f"{whole} is a link to {whole.readlink()}, which does not exist")
+    others = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
     found = f"; it has {others[0]}, which needs an index or the name {WHOLE}" if others else ""
     return UserError(f"{folder} has no weights: neither {WHOLE} nor {INDEX}{found}")
 

@@ -35,23 +35,22 @@ def model_config_from_hf(tree: dict[str, Any], where: str) -> ModelConfig:
     if heads < 1 or not isinstance(tied, bool):
         raise UserError(f"{where}: num_attention_heads is {heads}, tie_word_embeddings {tied!r}")
     theta, scaling = _rope(tree, where)
+    config = ModelConfig(
+        num_layers=_number(tree, "num_hidden_layers", int, where),
+        width=width,
+        num_heads=heads,
+        num_kv_heads=_number(tree, "num_key_value_heads", int, where, heads),
+        head_width=_number(tree, "head_dim", int, where, width // heads),
+        feed_forward_width=_number(tree, "intermediate_size", int, where),
+        vocab_size=_number(tree, "vocab_size", int, where),
+        context_length=_number(tree, "max_position_embeddings", int, where, 2048),
+        tie_embeddings=tied,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_norm_epsilon=_number(tree, "rms_norm_eps", float, where, 1e-6),
+    )
     try:
-        return check_model(
-            ModelConfig(
-                num_layers=_number(tree, "num_hidden_layers", int, where),
-                width=width,
-                num_heads=heads,
-                num_kv_heads=_number(tree, "num_key_value_heads", int, where, heads),
-                head_width=_number(tree, "head_dim", int, where, width // heads),
-                feed_forward_width=_number(tree, "intermediate_size", int, where),
-                vocab_size=_number(tree, "vocab_size", int, where),
-                context_length=_number(tree, "max_position_embeddings", int, where, 2048),
-                tie_embeddings=tied,
-                rope_theta=theta,
-                rope_scaling=scaling,
-                rms_norm_epsilon=_number(tree, "rms_norm_eps", float, where, 1e-6),
-            )
-        )
+        return check_model(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

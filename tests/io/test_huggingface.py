@@ -157,6 +157,11 @@ def pickle_instead(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def link_to_nothing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("blobs/gone")
+
+
 def index_that_lies(folder: Path) -> None:
     names = dict.fromkeys(load_file(folder / "model.safetensors"), "part.safetensors")
     (folder / "model.safetensors").rename(folder / "part.safetensors")
@@ -204,6 +209,7 @@ BAD = {
     "an index that leads elsewhere": (index_that_leads_elsewhere, "not a file in"),
     "a pickle": (pickle_instead, "is a pickle"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+    "a link to nothing": (link_to_nothing, "is a link to blobs/gone, which does not exist"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer"),
     "a broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
     "a stop token out of range": (set_config(eos_token_id=[999]), "not in the vocabulary"),
@@ -250,6 +256,7 @@ def test_bad_folders_are_refused_whole(what, tmp_path):
         lsjax.load(folder)
     assert message in str(raised.value)
     assert str(folder) in str(raised.value)
+    assert str(raised.value).count(str(folder / "config.json")) <= 1
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
