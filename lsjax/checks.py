@@ -38,6 +38,14 @@ def check_seed(seed: Any, name: str) -> int:
     return seed
 
 
+def attribute_of(value: Any, attribute: str, default: Any = None) -> Any:
+    """Returns an attribute of any object, or `default` where it has none, or fails to look for it."""
+    try:
+        return getattr(value, attribute, default)
+    except Exception:  # of a class of the caller's own
+        return default
+
+
 def length_of(values: Any, name: str) -> int:
     """Returns the length of a list, or of an object of any class. Raises UserError, with `name` in it, for none."""
     try:
@@ -52,7 +60,7 @@ def entries_of(values: Any, name: str) -> list[Any]:
     Raises UserError, with `name` in it, when they cannot be read, or when there are not as many as its length says.
     """
     try:
-        values = values.tolist() if hasattr(values, "tolist") else values
+        values = values.tolist() if attribute_of(values, "tolist") else values
         count = len(values)
         found = list(itertools.islice(values, count + 1))
     except Exception as error:  # of a class of the caller's own

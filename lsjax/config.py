@@ -292,7 +292,11 @@ def checked_config(config: Config | ml_collections.ConfigDict) -> Config:
         raise UserError(
             f"config must be a Config, or a ConfigDict such as lsjax.default_config() returns, got {shown(config)}"
         )
-    return Config.from_dict(config.to_dict())
+    try:
+        tree = config.to_dict()
+    except Exception as error:  # a value of a class of the caller's own, which cannot be copied
+        raise UserError(f"config cannot be read: {shown(error)}") from error
+    return Config.from_dict(tree)
 
 
 def default_config() -> ml_collections.ConfigDict:

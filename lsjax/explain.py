@@ -4,7 +4,7 @@ import numpy as np
 
 from lsjax.decoding.batch import Prompt, check_whole_number, encode_prompt, padded_length
 from lsjax.decoding.forward import EXIT_ADAPTER
-from lsjax.decoding.model import Model
+from lsjax.decoding.model import Model, check_model_type
 from lsjax.decoding.strategies import INT8
 from lsjax.evaluation.layers import predict_layers
 from lsjax.generation import generate
@@ -23,6 +23,7 @@ def layer_predictions(model: Model, prompt: Prompt, max_new_tokens: int = 0) -> 
 
     Raises UserError as `generate` does.
     """
+    check_model_type(model)
     check_whole_number("max_new_tokens", max_new_tokens, least=0)
     text = encode_prompt(model, 0, prompt, int(max_new_tokens))
     prompt_length = len(text)

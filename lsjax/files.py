@@ -204,6 +204,16 @@ def own_results(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged ({error!r}); remove it to measure again") from None
 
 
+def path_text(path: Any, name: str) -> str | bytes:
+    """Returns the text of a path. Raises UserError, with `name` in it, for what is no path."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{name} must be a text or a Path, got {type(path).__name__}")
+    try:
+        return os.fspath(path)
+    except Exception as error:  # of a class of the caller's own
+        raise UserError(f"{name} cannot be read: {shown(error)}") from error
+
+
 def as_path(path: Any, name: str = "path") -> Path:
     """Returns a path that a person gave: a `BucketPath` for gs:// and s3://, else with a leading ~ expanded.
 
@@ -213,9 +223,7 @@ def as_path(path: Any, name: str = "path") -> Path:
     current folder, for names that file systems, or the libraries that write checkpoints, do not take, and for a URL
     that nothing here can read.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise UserError(f"{name} must be a text or a Path, got {type(path).__name__}")
-    text = os.fspath(path)
+    text = path_text(path, name)
     if not text.strip():
         raise UserError(f"{name} is empty; name a file or folder")
     try:

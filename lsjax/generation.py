@@ -4,6 +4,7 @@ import numbers
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lsjax.checks import attribute_of
 from lsjax.decoding.batch import GenerationConfig, Prompt, PromptBatch
 from lsjax.decoding.model import Model
 from lsjax.decoding.program import DecodeProgram
@@ -127,7 +128,7 @@ def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> "TypeIs[Prompt]":
     """Returns whether `prompts` is one text, or the token ids of one."""
     if isinstance(prompts, str):
         return True
-    if not hasattr(prompts, "__len__"):
+    if attribute_of(prompts, "__len__") is None:
         return False
     # The first entry tells; the others are looked at when the prompt is read, whose length is bounded.
     try:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lsjax.checks import entries_of, length_of
+from lsjax.checks import attribute_of, entries_of, length_of
 from lsjax.decoding.model import Model, check_model_type
 from lsjax.decoding.per_prompt import freeze, is_list_per_prompt, is_per_prompt, named_values, one_per_prompt
 from lsjax.decoding.sampling import Coupled, Greedy, Sampled, Sampler
@@ -190,8 +190,8 @@ def checked_prompts(prompts: Any) -> list[Any]:
     """Returns prompts as a list. Raises UserError unless they are one, or have a known length, of at least 1."""
     if (
         isinstance(prompts, str | bytes | set | frozenset | range | Mapping)
-        or not hasattr(prompts, "__len__")
-        or getattr(prompts, "ndim", 1) == 0
+        or attribute_of(prompts, "__len__") is None
+        or attribute_of(prompts, "ndim", 1) == 0
     ):
         raise UserError(f"prompts must be a list of texts or token lists, got {shown(prompts)}")
     prompts = entries_of(prompts, "prompts")
@@ -280,7 +280,7 @@ def _token_ids(model: Model, index: int, prompt: Prompt) -> list[int]:
             raise UserError(f"prompt {index} holds half of a surrogate pair, which is no character") from None
     wrong = f"prompt {index} must be a text or a list of token ids, got {shown(prompt)}"
     no_ids = isinstance(prompt, bytes | bytearray | memoryview | set | frozenset | Mapping)
-    if no_ids or not hasattr(prompt, "__len__") or getattr(prompt, "ndim", 1) != 1:
+    if no_ids or attribute_of(prompt, "__len__") is None or attribute_of(prompt, "ndim", 1) != 1:
         raise UserError(wrong)
     length = length_of(prompt, f"prompt {index}")
     context = model.config.context_length

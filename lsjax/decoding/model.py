@@ -264,7 +264,7 @@ def _parse_dtype(dtype: str | jnp.dtype | None) -> jnp.dtype | None:
         if isinstance(dtype, jax.Array | np.ndarray | np.generic):
             raise TypeError  # a value, which JAX would convert to its dtype with a warning
         name = dtype.removeprefix("torch.") if isinstance(dtype, str) else jnp.dtype(dtype).name
-    except TypeError:
+    except Exception:  # TypeError, or what an object of the caller's own raises
         name = shown(dtype)
     if name == "int8":
         raise UserError(

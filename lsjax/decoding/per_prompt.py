@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from lsjax.checks import entries_of
+from lsjax.checks import attribute_of, entries_of
 from lsjax.errors import UserError
 
 
 def is_per_prompt(value: Any) -> bool:
     """Returns whether a setting has a value per prompt: a list, a tuple or an array of one axis."""
-    return isinstance(value, list | tuple) or (hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1)
+    is_array = attribute_of(value, "tolist") is not None
+    return isinstance(value, list | tuple) or (is_array and attribute_of(value, "ndim", 0) == 1)
 
 
 def is_list_per_prompt(value: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from lsjax.checks import entries_of, length_of
+from lsjax.checks import attribute_of, entries_of, length_of
 from lsjax.data.tokenizer import Tokenizer, check_text
 from lsjax.decoding.per_prompt import is_list_per_prompt, named_values, one_per_prompt
 from lsjax.errors import UserError, shown
@@ -53,9 +53,9 @@ def stop_tokens_of_prompts(stop_tokens: StopTokens, count: int, vocab_size: int)
 def check_stop_tokens(stop_tokens: StopTokens, vocab_size: int, name: str = "stop_tokens") -> list[int]:
     """Returns stop tokens as a list of ids. Raises UserError for anything but ids of the vocabulary."""
     no_ids = UserError(f"{name} must be token ids, got {shown(stop_tokens)} (texts go into stop)")
-    if isinstance(stop_tokens, str | bytes | bytearray | dict) or not hasattr(stop_tokens, "__len__"):
+    if isinstance(stop_tokens, str | bytes | bytearray | dict) or attribute_of(stop_tokens, "__len__") is None:
         raise no_ids
-    if getattr(stop_tokens, "ndim", 1) != 1:  # an array of one number has no length
+    if attribute_of(stop_tokens, "ndim", 1) != 1:  # an array of one number has no length
         raise no_ids
     if (count := length_of(stop_tokens, name)) > vocab_size:
         raise UserError(f"{name} has {count} entries, but the vocabulary {vocab_size}")

@@ -6,9 +6,10 @@ import os
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast
 
-from lsjax.checks import entries_of, length_of, require
+from lsjax.checks import attribute_of, entries_of, length_of, require
 from lsjax.decoding.per_prompt import freeze, is_per_prompt, named_values
 from lsjax.errors import UserError, shown
+from lsjax.files import path_text
 
 MAX_SPECULATIONS = 64
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p")
@@ -183,10 +184,11 @@ def _check_draft_vocabulary(vocabulary: Any) -> None:
 def _hashable_vocabulary(vocabulary: Any) -> Any:
     """Returns a path as a text, a number as an int, and a list or array of ids as a tuple; anything else as it is."""
     if isinstance(vocabulary, os.PathLike):
-        return os.fspath(vocabulary)
+        return path_text(vocabulary, "draft_vocabulary")
     if isinstance(vocabulary, numbers.Integral) and not isinstance(vocabulary, bool):
         return int(vocabulary)
-    is_array = hasattr(vocabulary, "tolist") and not isinstance(vocabulary, type) and getattr(vocabulary, "ndim", 1)
+    is_array = attribute_of(vocabulary, "tolist") and attribute_of(vocabulary, "ndim", 1)
+    is_array = is_array and not isinstance(vocabulary, type)
     if not is_array and not isinstance(vocabulary, list | tuple | range | set | frozenset):
         return vocabulary
     size = length_of(vocabulary, "draft_vocabulary")

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from lsjax.checks import MAX_INTEGER
+from lsjax.checks import MAX_INTEGER, attribute_of
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError, shown
 from lsjax.model.quantization import is_quantized
@@ -62,12 +62,12 @@ def check_params(params: Any, config: Any, shapes: Callable[[ModelConfig], Any])
         raise UserError(
             f"params must be a dict of embed, layers and final_norm, such as model.params, got {describe(params)}"
         )
-    shape = getattr(params["embed"], "shape", ())
+    shape = attribute_of(params["embed"], "shape", ())
     if len(shape) != 2 or shape[1] != config.width:
         raise UserError(
             f"params: embed has the shape {list(shape)}, but config.width is {config.width}; pass the model's own"
         )
-    layers = {getattr(leaf, "shape", ())[:1] for leaf in jax.tree.leaves(params["layers"])}
+    layers = {attribute_of(leaf, "shape", ())[:1] for leaf in jax.tree.leaves(params["layers"])}
     if layers != {(config.num_layers,)}:
         raise UserError(
             f"params: the layers are not stacked as [{config.num_layers}, ...], but config.num_layers is "
@@ -151,7 +151,7 @@ def as_array(name: str, value: Any) -> Any:
 
 def _scalar(value: Any) -> np.ndarray | None:
     """Returns a single value as a numpy array, of dtype object when it is none; None when it is traced."""
-    if hasattr(value, "__len__") and not hasattr(value, "dtype"):
+    if attribute_of(value, "__len__") is not None and attribute_of(value, "dtype") is None:
         return np.asarray(None)
     try:
         found = concrete(value)

@@ -2,10 +2,11 @@
 
 import array
 import collections
+import dataclasses
 import enum
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,10 @@ def _lists() -> dict[str, Any]:
         "fewer entries": (object, {"__len__": lambda self: 2, "__iter__": lambda self: iter((1,))}),
         "a negative length": (object, {"__len__": lambda self: -1, "__getitem__": _raise}),
         "no index": (object, {"__index__": _raise}),
+        "no attributes": (object, {"__getattr__": _raise}),
+        "no attributes but a length": (object, {"__getattr__": _raise, "__len__": lambda self: 2}),
+        "no length to ask for": (object, {"__len__": property(_raise)}),
+        "no number of axes": (object, {"ndim": property(_raise), "tolist": lambda self: [1]}),
     }
     made = {}
     for name, (base, methods) in kinds.items():
@@ -45,6 +50,15 @@ def _lists() -> dict[str, Any]:
 
 
 LISTS = _lists()
+OBJECTS: dict[str, Any] = {
+    "no attributes": LISTS["no attributes"],
+    "no length to ask for": LISTS["no length to ask for"],
+    "no path": type("NoPath", (), {"__fspath__": _raise})(),
+    "a path that is a number": type("NumberPath", (), {"__fspath__": lambda self: 3})(),
+    "no dtype": type("NoDtype", (), {"dtype": property(_raise), "__len__": lambda self: 1})(),
+    "no copy": type("NoCopy", (), {"__deepcopy__": _raise})(),
+    "no text": type("NoText", (), {"__repr__": _raise})(),
+}
 
 
 class _Word(str):
@@ -115,6 +129,7 @@ def argument_cases() -> Iterator[Case]:
                 parts, _, {"sampling": lsjax.Sampling(**{"temperature": 1.0} | {field: value})}))  # fmt: skip
         yield Case(f"a draft vocabulary of {name}", lambda parts, _, value=value: _generate(
             parts, _, {"strategy": lsjax.SelfSpeculative(1, 2, draft_vocabulary=value)}))  # fmt: skip
+    yield from _object_cases()
     yield Case("a draft vocabulary of 10**12 ids", lambda parts, _: _generate(
         parts, _, {"strategy": lsjax.SelfSpeculative(1, 2, draft_vocabulary=_LONG)}))  # fmt: skip
     for number, embed in enumerate((_RAGGED, [[1.0]], "abc", None, _LONG, collections.UserString("a"))):
@@ -137,6 +152,41 @@ def argument_cases() -> Iterator[Case]:
     for number, count in enumerate((-1, 1.0, "1", True, 10**6, None)):
         yield Case(f"layer_predictions of new tokens that are no number, {number}",
                    lambda parts, _, count=count: lsjax.layer_predictions(parts.model, PROMPT, count))  # fmt: skip
+
+
+def _object_cases() -> Iterator[Case]:
+    """Objects of a class of the caller's own, whose methods fail, as any argument or value of a configuration."""
+    tokens = np.array([[1]])
+    calls: dict[str, Callable[[Any, Any, Any], Any]] = {
+        "load path": lambda parts, _, value: lsjax.load(value),
+        "load dtype": lambda parts, _, value: lsjax.load(parts.huggingface, dtype=value),
+        "read_model_config path": lambda parts, _, value: lsjax.read_model_config(value),
+        "draft vocabulary": lambda parts, _, value: _generate(
+            parts, _, {"strategy": lsjax.SelfSpeculative(1, 2, draft_vocabulary=value)}
+        ),
+        "layer_predictions model": lambda parts, _, value: lsjax.layer_predictions(value, PROMPT),
+        "forward embedding": lambda parts, _, value: _forward(parts, _, lsjax.forward, {"embed": value}),
+        "forward layers": lambda parts, _, value: _forward(parts, _, lsjax.forward, {"layers": value}),
+        "forward tokens": lambda parts, _, value: lsjax.forward(parts.model.params, value, parts.model.config),
+        "forward layer_mask": lambda parts, _, value: lsjax.forward(
+            parts.model.params, tokens, parts.model.config, value
+        ),
+        "layer_dropout_rates max_rate": lambda parts, _, value: lsjax.layer_dropout_rates(
+            4, value, 1, 10, "exponential", "constant"
+        ),
+        "train workdir": lambda parts, _, value: lsjax.train(parts.config, value),
+        "train config": lambda parts, watch, value: lsjax.train(value, watch.folder / "run"),
+        "train section": lambda parts, watch, value: lsjax.train(
+            dataclasses.replace(parts.config, model=value), watch.folder / "run"
+        ),
+        "train key": lambda parts, watch, value: lsjax.train(
+            dataclasses.replace(parts.config, model=dataclasses.replace(parts.config.model, width=value)),
+            watch.folder / "run",
+        ),
+    }
+    for argument, call in calls.items():
+        for name, value in OBJECTS.items():
+            yield Case(f"{argument} of {name}", functools.partial(call, value=value))
 
 
 def _generate(parts: Any, _: Any, arguments: dict[str, Any]) -> list[list[int]]:
