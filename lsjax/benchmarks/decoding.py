@@ -56,7 +56,8 @@ def benchmark(
     batches = prompt_batches(model, prompts, request)
     strategies = [Autoregressive(), *(strategy for strategy in strategies if strategy != Autoregressive())]
     ours = [StrategyDecoder(model, strategy, batches) for strategy in strategies]
-    _warn_of_int8_on_cpu(model, strategies, note)
+    if model.cache == INT8 and jax.default_backend() == "cpu":
+        note("an int8 KV cache is for TPU and GPU: on a CPU it is smaller, but every pass writes it out in float32")
     read = PlainRead(model.decoder_weights())
     decoders: list[Decoder] = [*ours, *(baselines(batches) if baselines else ())]
     measured = _measure(decoders, len(batches), read, repeats, len(prompts), note)
@@ -88,15 +89,6 @@ def _settings_report(model: Model, request: GenerationConfig, num_prompts: int, 
         "prompts": num_prompts,
         "repeats": repeats,
     }
-
-
-def _warn_of_int8_on_cpu(model: Model, strategies: Sequence[Strategy], note: Callable[[str], None]) -> None:
-    if jax.default_backend() != "cpu":
-        return
-    if model.in_int8 or any(strategy.draft_weights for strategy in strategies):
-        note("int8 weights are for TPU and GPU: on a CPU they are several times slower than float32")
-    if model.cache == INT8:
-        note("an int8 KV cache is for TPU and GPU: on a CPU it is smaller, but every pass writes it out in float32")
 
 
 def _measure(

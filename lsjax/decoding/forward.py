@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from lsjax.config import ModelConfig
 from lsjax.decoding.shardings import decoder_weight_shardings, kv_cache_sharding
 from lsjax.model.attention import plain_attention
-from lsjax.model.quantization import cast
+from lsjax.model.quantization import cast, states_in_int8
 from lsjax.model.rope import rotation
 from lsjax.model.transformer import Params, apply_layer, exit_logits
 from lsjax.model.weight_layout import LeftOperand, OutputMajor, lay_out_weights
@@ -32,7 +32,7 @@ def decoder_weights(params: Params, dtype: jnp.dtype, for_cpu: bool = False) -> 
 
     Layers inside one stacked array would be copied out of it at every step (XLA:CPU always, XLA:GPU in loops). The
     outputs of a weight become its rows (lsjax/model/weight_layout.py). for_cpu: weights also become the left operand,
-    unless they are split over a mesh.
+    and those in int8 are multiplied by states in int8, unless they are split over a mesh.
     """
     mesh = mesh_of(params["embed"])
     layout = LeftOperand if for_cpu and mesh is None else OutputMajor
@@ -45,7 +45,7 @@ def decoder_weights(params: Params, dtype: jnp.dtype, for_cpu: bool = False) -> 
         return lay_out_weights(params | {"layers": layers}, layout)
 
     if mesh is None:
-        return unstack(params)
+        return states_in_int8(unstack(params), rounded=layout is LeftOperand)
     shardings = decoder_weight_shardings(jax.eval_shape(unstack, params), mesh)
     return jax.jit(unstack, out_shardings=shardings)(params)
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from lsjax.decoding.forward import Weights
 from lsjax.decoding.shardings import decoder_weight_shardings
 from lsjax.io.source import ModelSource
-from lsjax.model.quantization import Quantized, quantize_layers, quantize_params
+from lsjax.model.quantization import is_quantized, quantize_layers, quantize_params, states_in_int8
 from lsjax.model.transformer import Params
 from lsjax.model.weight_layout import (
     INPUT_AXES,
@@ -39,7 +39,8 @@ def read_decoder_weights(
     layer = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], dtype), shapes["layers"])
     # The head comes first: its change needs a second copy, and memory is still free.
     rest = _with_head(source.load_rest(_placed(rest, mesh)), layout, mesh, in_int8)
-    return rest | {"layers": _read_layers(source, layer, change, mesh)}
+    weights = rest | {"layers": _read_layers(source, layer, change, mesh)}
+    return states_in_int8(weights, rounded=layout is LeftOperand)
 
 
 def _read_layers(source: ModelSource, layer: Params, change, mesh: Mesh | None) -> tuple[Params, ...]:
@@ -83,7 +84,10 @@ def _placed(weights: Weights, mesh: Mesh | None) -> Weights:
 
 
 def stack_params(weights: Weights, shapes: Params) -> Params:
-    """Stacks decoder weights back into parameters of these `shapes`, for the layers there are; int8 stays int8."""
+    """Stacks decoder weights back into parameters of these `shapes`, for the layers there are.
+
+    Weights in int8 stay as they are, in the form that does not round states.
+    """
 
     def stack(path, leaf, *layers):
         if isinstance(layers[0], OutputMajor | LeftOperand):
@@ -92,14 +96,15 @@ def stack_params(weights: Weights, shapes: Params) -> Params:
 
     def make(layers, head):
         params = {"layers": jax.tree_util.tree_map_with_path(stack, shapes["layers"], *layers)}
-        if isinstance(head, Quantized):
+        if is_quantized(head):
             return params | {"lm_head": head}
         return params | ({"lm_head": head.kernel.T} if "lm_head" in shapes else {})
 
+    weights = states_in_int8(weights, rounded=False)
     mesh, head = mesh_of(weights["embed"]), weights.get("lm_head")
     arguments = weights["layers"], head
     shardings = None
-    if mesh is not None and not isinstance(head, Quantized):
+    if mesh is not None and not is_quantized(head):
         shardings = tree_shardings(jax.eval_shape(make, *arguments), mesh)
     made = jax.jit(make, out_shardings=shardings)(*arguments)
     return {key: weights[key] for key in ("embed", "final_norm")} | made

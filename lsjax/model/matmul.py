@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.model.lora import LoraWeight
-from lsjax.model.quantization import Quantized
+from lsjax.model.quantization import Quantized, QuantizedLeft
 from lsjax.model.weight_layout import LeftOperand, OutputMajor
 
 # A weight is an array [inputs..., outputs...], or one of these forms that decoding makes of it.
-LaidOut = OutputMajor | LeftOperand | Quantized
+LaidOut = OutputMajor | LeftOperand | Quantized | QuantizedLeft
 
 
 def matmul(

@@ -1,9 +1,12 @@
 """Weights in int8 with one scale per output channel.
 
 Only the four weights of each layer and the head are quantised; states, norms, RoPE and looked-up embeddings are not.
-int8 halves the bytes of bfloat16, and the time of a decoded token is mostly the time to read weights. XLA:TPU and
-XLA:GPU widen them on the way into the product. XLA:CPU writes them out in float32 for every product, which is 2 to 7
-times slower than float32 weights.
+int8 halves the bytes of bfloat16, and the time of a decoded token is mostly the time to read weights. Decoding has two
+forms of them:
+
+- `Quantized`, for TPU, GPU and every mesh: the weights are widened on the way into the product.
+- `QuantizedLeft`, for a single CPU: XLA:CPU would write widened weights out for every product, which is 2 to 7 times
+  slower than float32 weights. So states are rounded to int8 as well, one scale per token, and integers are multiplied.
 """
 
 import functools
@@ -11,10 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lsjax.model.weight_layout import INPUT_AXES, contract_last, outputs_first
+from lsjax.model.weight_layout import INPUT_AXES, contract_last, multiply_from_left, outputs_first
 
 _LARGEST = 127  # -128 is left out, so that the range is symmetric
+# XLA:CPU multiplies integers with a single column ten times slower than with two.
+_LEAST_COLUMNS = 2
 
 
 class Quantized(NamedTuple):
@@ -33,9 +39,39 @@ class Quantized(NamedTuple):
         return (y * self.scale).astype(out_dtype or x.dtype)
 
 
+class QuantizedLeft(NamedTuple):
+    """A weight in int8 that is multiplied from the left, by states in int8; `values` and `scale` as in Quantized."""
+
+    values: jax.Array
+    scale: jax.Array
+
+    def multiply(self, x: jax.Array, axes: int, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        """Multiplies x [..., inputs...] by the weight, after rounding x; arguments as in `matmul`."""
+        states, state_scale = _round_to_int8(x.reshape(-1, self.values.shape[-1]))
+        y = multiply_from_left(self.values, states, jnp.dtype("int32"), _LEAST_COLUMNS)
+        y = y * state_scale[:, None] * self.scale.reshape(-1)
+        return y.reshape(*x.shape[:-axes], *self.scale.shape).astype(out_dtype or x.dtype)
+
+
+def _round_to_int8(states: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rounds states [T, K] to the nearest of 255 values each. Returns them in int8, and the scale of each token [T]."""
+    states = states.astype(jnp.float32)
+    # A division by 127 may be compiled as this product or not, depending on the shape; tokens must not depend on that.
+    scale = jnp.max(jnp.abs(states), axis=-1) * np.float32(1 / _LARGEST)
+    # Beyond 127 by a rounding error at most; a token that is not finite stays so by its scale.
+    values = jnp.clip(jnp.round(states / jnp.where(scale > 0, scale, 1)[:, None]), -_LARGEST, _LARGEST)
+    return values.astype(jnp.int8), scale
+
+
 def is_quantized(weight: object) -> bool:
     """Returns whether the weight is in int8."""
-    return isinstance(weight, Quantized)
+    return isinstance(weight, Quantized | QuantizedLeft)
+
+
+def states_in_int8(weights: Any, rounded: bool) -> Any:
+    """Gives the int8 weights of a tree the form that rounds states (True) or that does not (False); others stay."""
+    form = QuantizedLeft if rounded else Quantized
+    return jax.tree.map(lambda a: form(*a) if is_quantized(a) else a, weights, is_leaf=is_quantized)
 
 
 @functools.partial(jax.jit, static_argnames=("input_axes", "stacked"))

@@ -43,16 +43,25 @@ class LeftOperand(NamedTuple):
 
     def multiply(self, x: jax.Array, axes: int, out_dtype: jnp.dtype | None = None) -> jax.Array:
         """Multiplies x [..., inputs...] by the weight; arguments as in `matmul`."""
-        outputs, inputs = self.kernel.shape[:-1], self.kernel.shape[-1]
-        columns = x.reshape(-1, inputs)
-        tokens = columns.shape[0]
-        if tokens <= _PADDED_TOKENS:
-            columns = jnp.pad(columns, ((0, (1 << (tokens - 1).bit_length()) - tokens), (0, 0)))
-        kernel = self.kernel.reshape(-1, inputs)
-        y = jnp.einsum("nk,tk->nt", kernel, columns, preferred_element_type=out_dtype)
-        # Without the barrier XLA folds the transpose into the product, which makes the weight the right factor again.
-        y = jax.lax.optimization_barrier(y)
-        return y[:, :tokens].T.reshape(*x.shape[:-axes], *outputs)
+        y = multiply_from_left(self.kernel, x.reshape(-1, self.kernel.shape[-1]), out_dtype)
+        return y.reshape(*x.shape[:-axes], *self.kernel.shape[:-1])
+
+
+def multiply_from_left(
+    kernel: jax.Array, states: jax.Array, out_dtype: jnp.dtype | None, least_columns: int = 1
+) -> jax.Array:
+    """Multiplies a kernel [outputs..., K] as the left factor by states [T, K] -> [T, N], with N outputs in all.
+
+    least_columns: states of fewer tokens are padded to as many, a power of two.
+    """
+    tokens = states.shape[0]
+    if tokens <= _PADDED_TOKENS:
+        padded = max(least_columns, 1 << (tokens - 1).bit_length())
+        states = jnp.pad(states, ((0, padded - tokens), (0, 0)))
+    kernel = kernel.reshape(-1, kernel.shape[-1])
+    y = jnp.einsum("nk,tk->nt", kernel, states, preferred_element_type=out_dtype)
+    # Without the barrier XLA folds the transpose into the product, which makes the weight the right factor again.
+    return jax.lax.optimization_barrier(y)[:, :tokens].T
 
 
 def contract_last(x: jax.Array, kernel: jax.Array, axes: int, out_dtype: jnp.dtype | None) -> jax.Array:

@@ -30,6 +30,7 @@ from lsjax.decoding.strategies import (
 )
 from lsjax.errors import UserError, shown
 from lsjax.io.draft_vocabulary import has_list, list_path, read_list
+from lsjax.model.quantization import QuantizedLeft, states_in_int8
 from lsjax.model.transformer import Params
 from lsjax.tuning.acceptance import batch_rounds, draft_acceptance, expected_rounds
 from lsjax.tuning.tuned_settings import saved_strategy
@@ -195,7 +196,7 @@ def measure_settings(
     batches = [batches[index].part(0, _SAMPLE_BATCHES * batches[index].batch_size) for index in chosen]
     note(f"tuning: decoding {len(batches)} batch(es) once, to see which exit agrees where")
     runs = [_run(model, _compiled(model, Autoregressive(), batch), batch, _SAMPLE_TOKENS) for batch in batches]
-    params = model.stack_params()  # once: a model loaded for decoding only makes a new copy at every call
+    params = _params_as_decoded(model)
     texts = [
         read_with_vocabularies(model, params, batch, run.tokens, draft_vocabularies)
         for batch, run in zip(batches, runs, strict=True)
@@ -210,6 +211,15 @@ def measure_settings(
         for setting in predict(drafted, token_time, corner_times, exit_layers, num_speculations)
     ]
     return Tuning(tuple(sorted(table, key=lambda setting: setting[:2])), token_time)
+
+
+def _params_as_decoded(model: Model) -> Params:
+    """Returns stacked parameters, for a model loaded for decoding only a new copy at every call.
+
+    Weights in int8 round states where those that decode do.
+    """
+    head = model.decoder_weights().get("lm_head")
+    return states_in_int8(model.stack_params(), rounded=isinstance(head, QuantizedLeft))
 
 
 def _corner_times(

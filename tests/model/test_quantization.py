@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lsjax.model.matmul import matmul
-from lsjax.model.quantization import is_quantized, quantize_params, quantize_weight
+from lsjax.model.quantization import is_quantized, quantize_params, quantize_weight, states_in_int8
 from lsjax.model.transformer import forward
 from tests.conftest import random_params
 from tests.helpers import numpy_llama
@@ -53,6 +53,41 @@ def test_a_product_equals_that_with_the_weight_written_out(axes):
     np.testing.assert_allclose(matmul(x, weight, axes), np.tensordot(np.float64(x), dense, axes), rtol=1e-5, atol=1e-5)
     assert matmul(x.astype("bfloat16"), weight, axes).dtype == "bfloat16"
     assert matmul(x.astype("bfloat16"), weight, axes, jnp.float32).dtype == "float32"
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 40])
+def test_a_product_of_integers_is_that_of_states_rounded_by_token(axes, tokens):
+    """Checks tokens of very different sizes, one of them zeros, against numpy in float64."""
+    random = np.random.default_rng(4)
+    shape = (2, 3, 8, 5) if axes == 3 else (48, 3, 5)
+    weight = quantize_weight(jnp.asarray(random.normal(size=shape)), axes)
+    x = random.normal(size=(tokens, 48)) * 10.0 ** random.integers(-6, 3, (tokens, 1))
+    x[tokens // 2] = 0
+    x = x.astype(np.float32)
+    scale = np.abs(np.float64(x)).max(-1, keepdims=True) / 127
+    rounded = np.round(x / np.where(scale > 0, scale, 1)) * scale
+    expected = rounded @ written_out(weight).reshape(48, -1)
+    (left,) = states_in_int8((weight,), rounded=True)
+    states = x.reshape(tokens, 2, 3, 8) if axes == 3 else x
+    found = np.asarray(jax.jit(lambda x: matmul(x, left, axes))(states))
+    assert found.shape == (tokens, *shape[axes:])
+    # One state in a thousand may lie on the border between two values, where float32 rounds to the other one.
+    errors = np.abs(found.reshape(tokens, -1) - expected) / np.maximum(np.abs(expected).max(-1, keepdims=True), 1e-30)
+    assert np.median(errors) < 1e-6
+    assert errors.max() < 0.01
+    assert matmul(states.astype("bfloat16"), left, axes, jnp.float32).dtype == "float32"
+    assert matmul(states.astype("bfloat16"), left, axes).dtype == "bfloat16"
+
+
+def test_a_token_is_rounded_as_it_would_be_alone():
+    """Checks every token of 7, 8 and 33 against the same token alone, bit for bit: a verified draft must match."""
+    random = np.random.default_rng(5)
+    (left,) = states_in_int8((quantize_weight(jnp.asarray(random.normal(size=(96, 40))), 1),), rounded=True)
+    product = jax.jit(lambda x: matmul(x, left))
+    for tokens in (7, 8, 33):
+        x = random.normal(size=(tokens, 96)).astype(np.float32)
+        np.testing.assert_array_equal(product(x), np.stack([product(row[None])[0] for row in x]))
 
 
 @pytest.mark.parametrize("tied", [True, False])
