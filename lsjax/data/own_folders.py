@@ -1,4 +1,4 @@
-"""Finds the folders inside a corpus that lsjax itself wrote: workdirs of runs, and packed data."""
+"""Finds the folders inside a corpus that lsjax itself wrote: workdirs of runs and ablations, and packed data."""
 
 import contextlib
 import functools
@@ -9,19 +9,26 @@ from lsjax.errors import UserError
 from lsjax.files import in_bucket, read_json
 
 RUN, DATA, UNFINISHED = "a training workdir", "packed data", "an unfinished preparation"
+ABLATION = "an ablation"
 
 # The file that marks each kind of folder, and a section of it in which every version has the key "sequence_length".
 _MARKS = {RUN: ("config.json", "training"), DATA: ("manifest.json", "request"), UNFINISHED: ("request.json", "request")}
+_STEP_TIMES = "step_times.json"  # marks an ablation: its keys are recipes, which have a folder each
 
 
 def kind_of_folder(folder: Path) -> str:
-    """Returns RUN, DATA or UNFINISHED for a folder that lsjax wrote, and "" for another one."""
+    """Returns RUN, DATA, UNFINISHED or ABLATION for a folder that lsjax wrote, and "" for another one."""
     for kind, (name, key) in _MARKS.items():
         path = folder / name
         with contextlib.suppress(UserError, OSError):  # a file of that name that somebody else wrote
             section = read_json(path).get(key) if path.is_file() else None
             if isinstance(section, dict) and "sequence_length" in section:
                 return kind
+    path = folder / _STEP_TIMES
+    with contextlib.suppress(UserError, OSError):
+        recipes = read_json(path) if path.is_file() else {}
+        if recipes and all((folder / recipe).is_dir() for recipe in recipes):
+            return ABLATION
     return ""
 
 
@@ -30,7 +37,7 @@ def own_folder_finder(root: Path) -> Callable[[PurePosixPath], tuple[str, str] |
 
     The function returns the folder's path inside `root` and its kind, or None. It looks at each folder once.
     """
-    names = {name for name, _ in _MARKS.values()}
+    names = {_STEP_TIMES} | {name for name, _ in _MARKS.values()}
     # In a bucket, asking for each folder would take a request each. One listing tells where to look.
     found = map(PurePosixPath, root.objects("**/*.json") if in_bucket(root) else ())
     marked = {path.parent for path in found if path.name in names}

@@ -25,7 +25,7 @@ def texts(text_folder, tmp_path):
     """A folder of text that may be written to, in which other programs have files of the same names."""
     folder = shutil.copytree(text_folder, tmp_path / "texts")
     (folder / "site").mkdir()
-    for name in ("config.json", "manifest.json", "request.json"):
+    for name in ("config.json", "manifest.json", "request.json", "step_times.json"):
         (folder / "site" / name).write_text(json.dumps({"request": {"name": name}, "training": "a text"}))
     return folder
 
@@ -51,6 +51,17 @@ def test_runs_and_packed_data_in_a_corpus_are_left_out(config, texts, tmp_path):
     assert any("runs/x (a training workdir)" in note and "packed (packed data)" in note for note in notes)
     skipped = read_manifest(texts / "runs" / "y" / "data")["skipped"]
     assert skipped["files"] == {"a training workdir": 1, "packed data": 1}
+
+
+def test_an_ablation_in_a_corpus_is_left_out_with_its_step_times(config, texts):
+    ablation, notes = texts / "ablation", []
+    prepare(config, ablation / "data", silent)
+    (ablation / "none").mkdir()
+    (ablation / "step_times.json").write_text('{"none": 0.5}')
+    _, manifest = prepare(config, texts / "again", notes.append)
+    assert manifest["skipped"]["files"] == {"an ablation": 1}
+    assert records(texts / "again") == records(ablation / "data")
+    assert any("ablation (an ablation)" in note for note in notes)
 
 
 def test_several_sources_and_validation_leave_runs_out_alike(config, texts, tmp_path):
