@@ -243,6 +243,7 @@ def row_settings(name: str, strategy: Strategy, num_examples: int) -> dict[str, 
         "exit_layer": settings["exit_layer"],
         "num_speculations": settings["num_speculations"],
         "draft_vocabulary": settings["draft_vocabulary"],
+        "draft_weights": settings["draft_weights"],
         "examples": num_examples,
     }
 

@@ -43,7 +43,7 @@ def define_flags(flags: CommandFlags) -> None:
         "strategies",
         "autoregressive",
         "autoregressive, early_exit:E, self_speculative:E:d (d drafts per round), or E:d:k (among the k most frequent "
-        "tokens), auto.",
+        "tokens), either followed by :int8 (drafts in int8), auto.",
     )
     flags.integer("num_examples", None, "Examples per task, chosen by the seed (default: all).", at_least=1)
     flags.integer("num_shots", None, "Solved examples in a prompt (default: cnn_dm 1, gsm8k 5, others 0).", at_least=0)

@@ -193,14 +193,13 @@ def _progress(done: int, total: int, num_tokens: int, seconds: float) -> str:
 
 def _describe(all_stats: Sequence[dict[str, Any]]) -> str:
     """Returns the strategy, its setting, and the share of drafts that were accepted."""
-    from lsjax.decoding.strategies import vocabulary_label
+    from lsjax.decoding.strategies import drafts_label
 
     setting = all_stats[0]
-    drafts = f"{setting['num_speculations']} drafts {vocabulary_label(setting)}".rstrip()
     parts = [
         setting["strategy"],
         f"exit layer {setting['exit_layer']}" if setting["exit_layer"] else "",
-        drafts if setting["num_speculations"] else "",
+        drafts_label(setting) if setting["num_speculations"] else "",
         f"{setting['lookup']} copied" if setting["lookup"] else "",
     ]
     drafted, accepted = (sum(stats[key] for stats in all_stats) for key in ("drafted", "accepted"))

@@ -1,7 +1,8 @@
 """A model ready to decode: its weights, its tokenizer, and `load`, which brings both in from disk."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,22 @@ class Model:
 
         Raises UserError when the model is in int8 already.
         """
-        if self.in_int8:
-            raise UserError("draft_weights: this model is in int8 already, and drafts with its own early layers")
+        self.check_int8_drafts()
         if exit_layer not in self._int8_drafters:
-            on_cpu, early = jax.default_backend() == "cpu", self._stack_early(exit_layer)
+            on_cpu, early = jax.default_backend() == "cpu", self.stack_early(exit_layer)
             weights = decoder_weights(quantize_params(early), default_dtype(), for_cpu=on_cpu)
             self._int8_drafters[exit_layer] = {key: weights[key] for key in ("layers", "lm_head")}
         return self._int8_drafters[exit_layer]
+
+    @contextlib.contextmanager
+    def passing_draft_weights(self) -> Iterator[None]:
+        """Forgets at its end the int8 copies that `draft_weights` made within it, of many layers maybe."""
+        before = set(self._int8_drafters)
+        try:
+            yield
+        finally:
+            for exit_layer in set(self._int8_drafters) - before:
+                del self._int8_drafters[exit_layer]
 
     def draft_head(self, vocabulary: DraftVocabulary, weights: Weights) -> Weights:
         """Returns the head's rows for a draft vocabulary, for drafting alone; made at the first call.
@@ -128,8 +138,13 @@ class Model:
             self._laid_out_adapter = adapter, jax.device_put(laid_out, replicated_like(weights["embed"]))
         return {EXIT_ADAPTER: self._laid_out_adapter[1]}
 
-    def _stack_early(self, exit_layer: int) -> Params:
-        """Returns the parameters with the first `exit_layer` layers alone."""
+    def check_int8_drafts(self) -> None:
+        """Raises UserError when the model is in int8 already."""
+        if self.in_int8:
+            raise UserError("draft_weights: this model is in int8 already, and drafts with its own early layers")
+
+    def stack_early(self, exit_layer: int) -> Params:
+        """Returns a copy of the parameters with the first `exit_layer` layers alone."""
         if self.params is not None:
             return self.params | {"layers": jax.tree.map(lambda a: a[:exit_layer], self.params["layers"])}
         assert self.decode_only is not None

@@ -204,15 +204,20 @@ def vocabulary_label(settings: dict[str, Any]) -> str:
     return f"of the ids in {vocabulary}" if isinstance(vocabulary, str) else f"of {vocabulary} ids"
 
 
+def drafts_label(settings: dict[str, Any], word: str = "drafts") -> str:
+    """Returns the drafts of a round in some settings or stats for people, such as "4 drafts in int8 of 8192 ids"."""
+    in_int8 = "in int8" if settings.get("draft_weights") else ""
+    parts = [str(settings["num_speculations"]), word, in_int8, vocabulary_label(settings)]
+    return " ".join(part for part in parts if part)
+
+
 def label(strategy: Strategy) -> str:
     """Returns the strategy's name and settings for people, such as "self_speculative, exit layer 2, 4 drafts"."""
     settings = strategy.settings()
-    in_int8 = " in int8" if strategy.draft_weights else ""
-    drafts = f"{settings['num_speculations']} drafts{in_int8} {vocabulary_label(settings)}".rstrip()
     parts = [
         strategy.name,
         f"exit layer {settings['exit_layer']}" if settings["exit_layer"] else "",
-        drafts if settings["num_speculations"] else "",
+        drafts_label(settings) if settings["num_speculations"] else "",
         f"{strategy.lookup} copied" if strategy.lookup else "",
     ]
     return ", ".join(part for part in parts if part)

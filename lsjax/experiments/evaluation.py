@@ -38,7 +38,8 @@ from lsjax.evaluation.tasks.task import Example, Task
 from lsjax.experiments.evaluation_report import Report, open_report
 from lsjax.files import own_results, path_of
 from lsjax.reports.evaluation import chosen_strategy
-from lsjax.tuning.cost_model import candidates, measure_settings, vocabularies
+from lsjax.tuning.choices import choices_of
+from lsjax.tuning.cost_model import measure_settings
 from lsjax.tuning.tuned_settings import BOTH_AUTO
 
 _AUTOREGRESSIVE = AUTOREGRESSIVE.name
@@ -64,23 +65,25 @@ class EvaluationConfig:
 
 
 def parse_strategy(text: str, num_layers: int) -> Strategy:
-    """Returns the strategy of "autoregressive", "early_exit:E", "self_speculative:E:d[:k]" or "auto".
+    """Returns the strategy of "autoregressive", "early_exit:E", "self_speculative:E:d[:k][:int8]" or "auto".
 
-    k: drafts choose among the k most frequent tokens.
+    k: drafts choose among the k most frequent tokens. int8: they come from int8 copies of the early layers.
     Raises UserError for any other text, and for a number out of range.
     """
     name, *numbers = text.split(":")
     if text == "auto":
         return BOTH_AUTO
     try:
-        settings = [int(number) for number in numbers]
+        in_int8 = name == SelfSpeculative.name and numbers[-1:] == [INT8]
+        settings = [int(number) for number in (numbers[:-1] if in_int8 else numbers)]
         if name == _AUTOREGRESSIVE and not settings:
             return AUTOREGRESSIVE
         kind = {EarlyExit.name: EarlyExit, SelfSpeculative.name: SelfSpeculative}[name]
         names = ("exit_layer", "num_speculations", "draft_vocabulary")[: len(settings)]
-        strategy = kind(**dict(zip(names, settings, strict=True)))
+        drafts = {"draft_weights": INT8} if in_int8 else {}
+        strategy = kind(**dict(zip(names, settings, strict=True)), **drafts)
     except (KeyError, TypeError, ValueError):
-        known = "autoregressive, early_exit:E, self_speculative:E:d[:k] or auto"
+        known = "autoregressive, early_exit:E, self_speculative:E:d[:k][:int8] or auto"
         raise UserError(f"--strategies: {text!r} is none of {known}, where E, d and k are numbers") from None
     check_strategy(strategy, num_layers)
     return strategy
@@ -231,9 +234,7 @@ def _choose(
 
 def _tuned(model: Model, run: TaskRun, note: Note) -> Strategy:
     """Returns the setting that is predicted to be the fastest for a task's prompts; autoregressive where none is."""
-    exit_layers, num_speculations = candidates(BOTH_AUTO, model.config.num_layers)
-    choices = vocabularies(BOTH_AUTO, model)
-    tuning = measure_settings(model, run.batches(model), exit_layers, num_speculations, note, choices)
+    tuning = measure_settings(model, run.batches(model), choices_of(BOTH_AUTO, model), note)
     if tuning is None:
         return AUTOREGRESSIVE
     note(str(tuning))

@@ -14,6 +14,7 @@ from lsjax.decoding.strategies import GREEDY, Sampling, SelfSpeculative, Strateg
 from lsjax.errors import UserError
 from lsjax.files import disk_path, make_folder, write_atomically
 from lsjax.reports.figures import draw_sweep
+from lsjax.tuning.choices import Choices
 from lsjax.tuning.tune import tune_over
 
 _COLUMNS = (
@@ -67,7 +68,7 @@ def sweep(
     folder = make_folder(disk_path(folder, "--sweep"), "--sweep folder")
     grid = Grid(tuple(sorted(set(grid.exit_layers))), tuple(sorted(set(grid.num_speculations))))
     request = GenerationConfig(max_new_tokens, sampling, seed, batch_size=batch_size)
-    tuning = tune_over(model, prompts, grid.exit_layers, grid.num_speculations, request, note)
+    tuning = tune_over(model, prompts, Choices(grid.exit_layers, grid.num_speculations), request, note)
     report = benchmark(
         model,
         prompts,

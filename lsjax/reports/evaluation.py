@@ -56,7 +56,8 @@ def _strategy(row: dict[str, Any]) -> str:
 
 def chosen_strategy(row: dict[str, Any]) -> str:
     """Returns the strategy that decoded a row, as --strategies names it, with numbers in place of "auto"."""
-    parts = (row["decoded_by"], row["exit_layer"], row["num_speculations"], row.get("draft_vocabulary"))
+    parts = [row["decoded_by"], row["exit_layer"], row["num_speculations"]]
+    parts += [row.get("draft_vocabulary"), row.get("draft_weights")]
     return ":".join(str(part) for part in parts if part is not None)
 
 

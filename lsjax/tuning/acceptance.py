@@ -6,6 +6,7 @@ exactly what the drafter would have seen. Run lengths are those of this text, no
 
 import functools
 import heapq
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 
 from lsjax.config import ModelConfig
 from lsjax.decoding.sampling import Sampler
-from lsjax.model.attention import plain_attention
+from lsjax.model.attention import AttentionFunction, plain_attention
 from lsjax.model.exit_adapter import ExitAdapter
 from lsjax.model.quantization import cast
 from lsjax.model.transformer import Params, exit_logits, scan_layers
@@ -47,6 +48,7 @@ def draft_acceptance(
     vocabularies: jax.Array,
     int8_cache: bool = False,
     exit_adapter: ExitAdapter | None = None,
+    drafting: Params | None = None,
 ) -> DraftAcceptance:
     """Returns which drafts of every exit would be kept, and where the exits rank the tokens of the text.
 
@@ -54,8 +56,14 @@ def draft_acceptance(
     sampler: with a value per sequence of each of its arrays. dtype: the compute dtype.
     vocabularies: the tokens that drafts choose among, bool [M,V].
     int8_cache: rounds keys and values as an int8 cache does. exit_adapter: drafts of its exit go through it.
+    drafting: layers and a head that draft in place of those in `params`, such as those in int8; with fewer than L
+      layers the result has fewer exits. The pass then takes all keys and values from them, where decoding takes those
+      before the round from `params`. The difference is that of rounding, so a few of many drafts may fare otherwise.
     """
     params, exit_adapter = cast(params, dtype), cast(exit_adapter, dtype)
+    drafter = params
+    if drafting is not None:
+        drafter = params | cast({key: drafting[key] for key in ("layers", "lm_head")}, dtype)
     # The state at a position predicts the next token.
     places = jnp.minimum(prompt_lengths[:, None] - 1 + jnp.arange(count), tokens.shape[1] - 1)
 
@@ -63,35 +71,50 @@ def draft_acceptance(
         return jnp.take_along_axis(x, places[..., None], axis=1)
 
     attention = _rounded_attention if int8_cache else plain_attention
-    last, inputs = scan_layers(params, tokens, config, read=look, attention=attention)
-    states = jnp.concatenate([inputs[1:], look(last, None)[None]])  # [L,B,count,D]
-    if exit_adapter is not None:
+    verified, states = _states(params, tokens, config, look, attention)
+    if drafting is not None:
+        _, states = _states(drafter, tokens, config, look, attention)
+    if exit_adapter is not None and exit_adapter.exit_layer <= len(states):
         index = exit_adapter.exit_layer - 1
         states = states.at[index].set(exit_adapter.apply(states[index]))
 
     new_tokens = jnp.take_along_axis(tokens, jnp.minimum(places + 1, tokens.shape[1] - 1), axis=1)
 
     def of_row(row):
-        return _of_sequence(params, config, vocabularies, *row)
+        return _of_sequence(params, drafter, config, vocabularies, *row)
 
     # The logits of one exit of one sequence exist at a time.
-    found = jax.lax.map(of_row, (states.swapaxes(0, 1), sampler, new_tokens))
+    found = jax.lax.map(of_row, (states.swapaxes(0, 1), verified, sampler, new_tokens))
     return jax.tree.map(lambda a: jnp.transpose(a, (2, 1, 0, 3)), found)
+
+
+def _states(
+    params: Params, tokens: jax.Array, config: ModelConfig, look: Callable[..., jax.Array], attention: AttentionFunction
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what `look` reads of the states after the last layer [B,count,D], and after every layer [L,B,count,D]."""
+    last, inputs = scan_layers(params, tokens, config, read=look, attention=attention)
+    last = look(last, None)
+    return last, jnp.concatenate([inputs[1:], last[None]])
 
 
 def _of_sequence(
     params: Params,
+    drafter: Params,
     config: ModelConfig,
     vocabularies: jax.Array,
     states: jax.Array,
+    verified: jax.Array,
     sampler: Sampler,
     new_tokens: jax.Array,
 ) -> DraftAcceptance:
-    """Returns the chances and ranks of one sequence [L,M,count], from its states [L,count,D] and new tokens [count]."""
-    logits = exit_logits(params, states[-1], config)
+    """Returns the chances and ranks of one sequence [L,M,count].
+
+    states: those of every exit [L,count,D]. verified: those of the last layer [count,D]. new_tokens: [count].
+    """
+    logits = exit_logits(params, verified, config)
 
     def of_exit(x):
-        drafted = exit_logits(params, x, config)
+        drafted = exit_logits(drafter, x, config)
 
         def by_vocabulary(known):
             among = jnp.where(known, drafted, -jnp.inf)

@@ -13,7 +13,8 @@ from lsjax.decoding.per_prompt import freeze
 from lsjax.decoding.strategies import GREEDY, Sampling, SelfSpeculative
 from lsjax.errors import UserError, shown
 from lsjax.files import check_writable
-from lsjax.tuning.cost_model import Tuning, Vocabulary, candidates, measure_settings, vocabularies
+from lsjax.tuning.choices import Choices, choices_of
+from lsjax.tuning.cost_model import Tuning, measure_settings
 from lsjax.tuning.tuned_settings import (
     BOTH_AUTO,
     TunedSetting,
@@ -38,8 +39,10 @@ def tune(
     """Chooses what `strategy` leaves "auto", for these prompts on this device.
 
     Decodes the prompts once, autoregressively. One pass over these texts tells which drafts of every exit layer would
-    be kept. Then a few settings are timed. The result's `.strategy` is ready to use. If a list of frequent tokens lies
-    beside the model (`lsjax draft_vocabulary`), drafts of parts of it are among the choices.
+    be kept. Then a few settings are timed. The result's `.strategy` is ready to use.
+
+    Drafts in int8 are among the choices, unless the model is in int8. If a list of frequent tokens lies beside the
+    model (`lsjax draft_vocabulary`), so are drafts of parts of it. What `strategy` says of either is kept.
 
     batch_size: prompts decoded together; None takes all, as `generate` does. note: receives lines of progress.
 
@@ -47,24 +50,20 @@ def tune(
     (`.predicted_speedup` is then 1 or less). Raises UserError on bad input, and when every text ends with its first
     token, since there is nothing to measure then.
     """
-    exit_layers, num_speculations = candidates(strategy, model.config.num_layers)
+    choices = choices_of(strategy, model)
     request = GenerationConfig(max_new_tokens, sampling, seed, batch_size=batch_size)
-    draft_vocabularies = vocabularies(strategy, model)
-    return tune_over(model, prompts, exit_layers, num_speculations, request, note, draft_vocabularies)
+    return tune_over(model, prompts, choices, request, note)
 
 
 def tune_over(
     model: Model,
     prompts: Sequence[Prompt],
-    exit_layers: Sequence[int],
-    num_speculations: Sequence[int],
+    choices: Choices,
     request: GenerationConfig,
     note: Callable[[str], None] = lambda _: None,
-    draft_vocabularies: Sequence[Vocabulary] = (None,),
 ) -> Tuning:
-    """Tunes over the given exit layers, draft lengths and draft vocabularies."""
-    batches = prompt_batches(model, prompts, request)
-    tuning = measure_settings(model, batches, exit_layers, num_speculations, note, draft_vocabularies)
+    """Tunes over the given choices."""
+    tuning = measure_settings(model, prompt_batches(model, prompts, request), choices, note)
     if tuning is None:
         raise UserError("every text ended with its first token, so there is no speed to tune: give other prompts")
     return tuning
@@ -124,9 +123,7 @@ def _tuned(
     temperature, batch_size = request.sampling.temperature, request.batch_size
     assert isinstance(temperature, numbers.Real)  # one for all prompts
     note(f"tuning at temperature {float(temperature):g} and batch size {batch_size}")
-    exit_layers, num_speculations = candidates(BOTH_AUTO, model.config.num_layers)
-    choices = vocabularies(BOTH_AUTO, model)
-    best = tune_over(model, prompts, exit_layers, num_speculations, request, note, choices).best
+    best = tune_over(model, prompts, choices_of(BOTH_AUTO, model), request, note).best
     assert isinstance(best.draft_vocabulary, int | None)  # a part of the list beside the model
     return TunedSetting(
         temperature=float(temperature),
@@ -135,4 +132,5 @@ def _tuned(
         num_speculations=best.num_speculations if best.speedup > 1 else 0,
         draft_vocabulary=best.draft_vocabulary if best.speedup > 1 else None,
         predicted_speedup=best.speedup,
+        draft_weights=best.draft_weights if best.speedup > 1 else None,
     )

@@ -27,17 +27,18 @@ from lsjax.files import read_json, write_atomically
 from lsjax.io.beside import is_beside, path_beside
 from lsjax.io.draft_vocabulary import has_list, ids_digest, list_path, read_list
 from lsjax.model.execution import CPU_INFO
+from lsjax.tuning.choices import Drafter, DraftWeights
 
 FILE = "tuned_settings.json"
 BOTH_AUTO = SelfSpeculative(AUTO, AUTO)
-_FORMAT = 1
+_FORMAT = 2  # 1 did not know drafts in int8
 
 
 class TunedSetting(NamedTuple):
     """The fastest setting at a temperature and a batch size.
 
-    exit_layer, num_speculations, draft_vocabulary: as in SelfSpeculative; None, 0 and None where autoregressive
-      decoding is predicted to be the fastest.
+    exit_layer, num_speculations, draft_vocabulary, draft_weights: as in SelfSpeculative; None, and 0 drafts, where
+      autoregressive decoding is predicted to be the fastest.
     predicted_speedup: that of the best setting of self-speculation over autoregressive decoding, below 1 or not.
     """
 
@@ -47,13 +48,14 @@ class TunedSetting(NamedTuple):
     num_speculations: int
     draft_vocabulary: int | None
     predicted_speedup: float
+    draft_weights: DraftWeights = None
 
     @property
     def strategy(self) -> Strategy:
         """The setting, ready to use."""
         if self.exit_layer is None:
             return Autoregressive()
-        return SelfSpeculative(self.exit_layer, self.num_speculations, draft_vocabulary=self.draft_vocabulary)
+        return Drafter(self.draft_weights, self.draft_vocabulary).strategy(self.exit_layer, self.num_speculations)
 
     def __str__(self) -> str:
         place = f"temperature {self.temperature:g}, batch size {self.batch_size}: {label(self.strategy)}"
@@ -110,6 +112,8 @@ def read_settings(path: Path, num_layers: int) -> TunedSettings:
     """Reads a table. Raises UserError when it cannot be read, or holds what `write_settings` does not write."""
     content = read_json(path)
     settings, tuned_for = content.get("settings"), content.get("tuned_for")
+    if content.get("format") == _FORMAT - 1:
+        raise UserError(f"{path} is of an earlier version, which measured no drafts in int8: renew it with lsjax tune")
     if content.get("format") != _FORMAT or not isinstance(tuned_for, dict) or not isinstance(settings, list):
         raise UserError(f"{path} is no table of tuned settings")
     if not settings:
@@ -129,6 +133,8 @@ def _checked(row: Any, num_layers: int, path: Path) -> TunedSetting:
         raise damaged
     in_range = setting.batch_size >= 1 and 0 <= setting.temperature < math.inf and min(whole) >= 0
     if not in_range or (setting.exit_layer is None) != (setting.num_speculations == 0):
+        raise damaged
+    if setting.exit_layer is None and setting.draft_weights is not None:
         raise damaged
     try:
         check_strategy(setting.strategy, num_layers)

@@ -10,6 +10,7 @@ import lsjax
 from lsjax.benchmarks import quality
 from lsjax.decoding.results import GenerateResult
 from lsjax.experiments import evaluation
+from lsjax.reports.evaluation import chosen_strategy
 from lsjax.tuning.cost_model import Setting, Tuning
 from tests.helpers.evaluations import MODEL, NEW_TOKENS, PROMPTS, row_of
 from tests.helpers.evaluations import run_evaluate as run
@@ -150,6 +151,16 @@ def test_int8_and_bfloat16_need_not_be_exact():
     assert not quality.must_be_exact(lsjax.load(MODEL, cache="int8"), drafting)
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [lsjax.SelfSpeculative(1, 3, w, draft_vocabulary=k) for w in (None, "int8") for k in (None, 8)],
+    ids=str,
+)
+def test_a_row_names_its_strategy_as_the_flag_does(strategy):
+    name = chosen_strategy(quality.row_settings("task", strategy, 1))
+    assert evaluation.parse_strategy(name, 3) == strategy
+
+
 @pytest.mark.parametrize(("speedup", "chosen"), [(1.5, "self_speculative:1:3"), (0.9, "autoregressive")])
 def test_auto_decodes_with_the_setting_that_is_predicted_to_be_the_fastest(
     custom, tmp_path, monkeypatch, speedup, chosen
@@ -198,8 +209,12 @@ def test_human_eval_runs_code_when_allowed(tmp_path):
             "'early_exit' is none of autoregressive",
         ),
         (["--tasks=custom:{custom}", "--strategies=early_exit:4"], "exit_layer 4 is out of range"),
-        (["--tasks=custom:{custom}", "--strategies=self_speculative:1:2:3:4"], "self_speculative:E:d[:k] or auto"),
+        (
+            ["--tasks=custom:{custom}", "--strategies=self_speculative:1:2:3:4"],
+            "E:d[:k][:int8] or auto",
+        ),
         (["--tasks=custom:{custom}", "--strategies=self_speculative:1:2:0"], "draft_vocabulary must be at least 1"),
+        (["--tasks=custom:{custom}", "--strategies=early_exit:1:int8"], "'early_exit:1:int8' is none of"),
         (["--tasks=custom:{custom}", "--strategies=self_speculative:1:x"], "where E, d and k are numbers"),
         (["--tasks=custom:{custom}", "--num_shots=1"], "--num_shots has no effect here"),
         (["--tasks=custom:{custom}", "--allow_code_execution"], "--allow_code_execution has no effect here"),

@@ -20,7 +20,7 @@ from lsjax.decoding.sampling import Greedy
 from lsjax.decoding.strategies import Autoregressive, EarlyExit, Sampling, SelfSpeculative
 from lsjax.errors import UserError
 from lsjax.model.quantization import Quantized, QuantizedLeft, is_quantized, states_in_int8
-from lsjax.tuning import cost_model
+from lsjax.tuning import cost_model, decoded_batch
 from tests.helpers.prompts import NEW, PROMPTS, NoTokenizer
 
 pytestmark = pytest.mark.slow
@@ -152,8 +152,8 @@ def test_self_speculation_in_int8_equals_autoregressive_in_int8(model):
 def test_a_prediction_for_an_int8_model_is_of_its_own_exits(model):
     int8 = quantize(model)
     plain = lsjax.generate(int8, PROMPTS, NEW).tokens
-    params = cost_model._params_as_decoded(int8)
-    text = cost_model.read_decoded(int8, params, PromptBatch.make(int8, PROMPTS, GenerationConfig(NEW)), plain)
+    params = decoded_batch.params_as_decoded(int8)
+    text = decoded_batch.read_decoded(int8, params, PromptBatch.make(int8, PROMPTS, GenerationConfig(NEW)), plain)
     rounds = cost_model.expected_rounds(text.acceptance, text.tokens, 3)[1]
     stats = lsjax.generate(int8, PROMPTS, NEW, SelfSpeculative(2, 3)).stats
     assert rounds.tolist() == [row["rounds"] for row in stats]

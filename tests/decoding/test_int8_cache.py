@@ -24,7 +24,7 @@ from lsjax.errors import UserError
 from lsjax.io.huggingface import write_huggingface
 from lsjax.model.transformer import exit_logits
 from lsjax.reports.tables import decoding_table
-from lsjax.tuning import cost_model
+from lsjax.tuning import cost_model, decoded_batch
 from tests.conftest import random_params
 from tests.helpers import numpy_llama
 from tests.helpers.prompts import NEW, PROMPTS, NoTokenizer
@@ -151,13 +151,14 @@ def test_split_over_devices(model, tmp_path):
 
 
 def test_a_prediction_is_of_rounded_entries(model, plain):
-    text = cost_model.read_decoded(model, model.params, PromptBatch.make(model, PROMPTS, GenerationConfig(NEW)), plain)
+    batch = PromptBatch.make(model, PROMPTS, GenerationConfig(NEW))
+    text = decoded_batch.read_decoded(model, model.params, batch, plain)
     rounds = cost_model.expected_rounds(text.acceptance, text.tokens, 3)[1]
     stats = lsjax.generate(model, PROMPTS, NEW, SelfSpeculative(2, 3)).stats
     assert rounds.tolist() == [row["rounds"] for row in stats]
     sampled = PromptBatch.make(model, PROMPTS, GenerationConfig(NEW, Sampling(1.0)))
     exact = dataclasses.replace(model, cache="auto")
-    chances = [cost_model.read_decoded(m, m.params, sampled, plain).acceptance for m in (model, exact, model)]
+    chances = [decoded_batch.read_decoded(m, m.params, sampled, plain).acceptance for m in (model, exact, model)]
     assert (chances[0] != chances[1]).any()
     assert (chances[0] == chances[2]).all()
 

@@ -15,7 +15,7 @@ from lsjax.decoding.model import Model
 from lsjax.decoding.program_cache import PROGRAM_CACHE
 from lsjax.decoding.sampling import Greedy, filtered_log_probabilities
 from lsjax.errors import UserError
-from lsjax.tuning import cost_model
+from lsjax.tuning import decoded_batch
 
 LIST = tuple(range(0, 320, 2))
 STRATEGIES: dict[str, Any] = {
@@ -179,7 +179,7 @@ def test_predictions_are_those_of_each_prompt_alone(model):
 
     def acceptance(prompts, new, how):
         batch = PromptBatch.make(model, prompts, GenerationConfig(**how))
-        return cost_model.read_decoded(model, model.params, batch, new).acceptance
+        return decoded_batch.read_decoded(model, model.params, batch, new).acceptance
 
     found = acceptance(prompts, new, together(settings))
     for row, own in enumerate(settings):

@@ -14,7 +14,7 @@ import pytest
 import lsjax
 from lsjax.cli.main import main
 from lsjax.decoding.program import DecodeProgram
-from lsjax.tuning import cost_model, tuned_settings
+from lsjax.tuning import cost_model, round_times, tuned_settings
 from lsjax.tuning.tuned_settings import FILE, TunedSetting, TunedSettings, describe_use, read_settings, write_settings
 
 RECORDED = Path(__file__).parent.parent / "io" / "recorded" / "llama32"
@@ -98,14 +98,14 @@ def test_a_table_is_measured_once_and_then_nothing_is(model, decodings, caplog):
 def test_where_drafts_lose_the_table_says_so(model, monkeypatch):
     """The device is made up: a round of drafts is fast for one sequence and slow for two."""
 
-    def round_times(model, batch, strategies, note):
+    def made_up_times(model, batch, strategies, note):
         return [1.0, *(0.1 * s.num_speculations * batch.batch_size**20 for s in strategies[1:])]
 
-    monkeypatch.setattr(cost_model, "_round_times", round_times)
+    monkeypatch.setattr(round_times, "round_times_of", made_up_times)
     table = lsjax.tune_table(model, PROMPTS, 6, temperatures=[0.0, 0.8], batch_sizes=[1, 2])
     assert [setting[:2] for setting in table.settings] == [(0.0, 1), (0.0, 2), (0.8, 1), (0.8, 2)]
     alone, two = table.settings[:2]
-    assert alone.strategy == lsjax.SelfSpeculative(alone.exit_layer, alone.num_speculations)
+    assert alone.strategy == lsjax.SelfSpeculative(alone.exit_layer, alone.num_speculations, alone.draft_weights)
     assert alone.num_speculations >= 1
     assert alone.predicted_speedup > 1
     assert two[2:5] == (None, 0, None)
@@ -193,7 +193,7 @@ def test_another_use_of_the_model_is_something_else(model):
 
 
 ROW = {"temperature": 0, "batch_size": 1, "exit_layer": 1, "num_speculations": 1, "draft_vocabulary": None}
-ROW |= {"predicted_speedup": 1.5}
+ROW |= {"predicted_speedup": 1.5, "draft_weights": None}
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,8 @@ ROW |= {"predicted_speedup": 1.5}
         "cut", "empty", "a list", "no settings", "another format", {"exit_layer": 9}, {"exit_layer": None},
         {"num_speculations": 0}, {"num_speculations": 1.5}, {"num_speculations": 99}, {"temperature": "hot"},
         {"temperature": -1}, {"batch_size": 0}, {"batch_size": True}, {"draft_vocabulary": [1]}, {"more": 1},
+        {"draft_weights": "int4"}, {"draft_weights": []},
+        {"draft_weights": "int8", "exit_layer": None, "num_speculations": 0},
     ],
     ids=str,
 )  # fmt: skip
@@ -215,7 +217,7 @@ def test_a_damaged_table_is_not_used(model, measurements, caplog, change):
         "a list": "[]",
         "no settings": json.dumps(content | {"settings": []}),
     }
-    texts["another format"] = json.dumps(content | {"format": 2})
+    texts["another format"] = json.dumps(content | {"format": 3})
     if isinstance(change, dict):
         path.write_text(json.dumps(content | {"settings": [ROW | change]}))
     else:

@@ -15,9 +15,12 @@ from lsjax.errors import UserError
 from lsjax.generation import generate
 from lsjax.io.draft_vocabulary import RankedTokens, list_path, write_list
 from lsjax.model.transformer import forward
-from lsjax.tuning import cost_model
+from lsjax.tuning import choices, cost_model, round_times
 from lsjax.tuning.acceptance import _rank, draft_acceptance
-from lsjax.tuning.cost_model import DecodedBatch, candidates, interpolate, predict, read_decoded, resolve_auto
+from lsjax.tuning.choices import candidates, vocabularies
+from lsjax.tuning.cost_model import predict, resolve_auto
+from lsjax.tuning.decoded_batch import DecodedBatch, read_decoded, read_with_vocabularies
+from lsjax.tuning.round_times import interpolate
 from lsjax.tuning.tune import tune
 from tests.helpers.prompts import NEW, PROMPTS, NoTokenizer
 
@@ -52,7 +55,7 @@ HALF = tuple(np.random.default_rng(0).permutation(320)[:160].tolist())
 def test_counted_rounds_of_a_draft_vocabulary_are_those_that_happen(model, exit_layer, drafts):
     """One pass counts them for several vocabularies."""
     batch, tokens = PromptBatch.make(model, PROMPTS, GenerationConfig(NEW)), generate(model, PROMPTS, NEW).tokens
-    texts = cost_model.read_with_vocabularies(model, model.params, batch, tokens, (None, HALF, (1, 2)))
+    texts = read_with_vocabularies(model, model.params, batch, tokens, (None, HALF, (1, 2)))
     counted = [cost_model.expected_rounds(text.acceptance, text.tokens, drafts)[exit_layer - 1] for text in texts]
     assert counted[0].sum() < counted[1].sum() < counted[2].sum()
     for vocabulary, rounds in zip((None, HALF), counted, strict=False):
@@ -108,7 +111,7 @@ def test_the_chance_of_a_sampled_draft_is_what_the_distributions_share(model):
         return e / e.sum(axis=-1, keepdims=True)
 
     batch = PromptBatch.make(model, PROMPTS, GenerationConfig(4, Sampling(0.7)))
-    (trimmed,) = cost_model.read_with_vocabularies(model, model.params, batch, new, (HALF,))
+    (trimmed,) = read_with_vocabularies(model, model.params, batch, new, (HALF,))
     q, p = probabilities([1, 1, 0, 0]), probabilities([1, 1, 1, 1])
     of_half = q * np.isin(np.arange(320), HALF)
     of_half /= of_half.sum(axis=-1, keepdims=True)
@@ -202,16 +205,17 @@ def test_times_between_the_measured_ones_lie_on_lines():
     assert interpolate(corners, 2, 6) == 4.5
     assert interpolate(corners, 3, 6) == pytest.approx(4.5 + (11.5 - 4.5) / 4)
     assert interpolate({(3, 4): 2.5}, 3, 4) == 2.5
-    assert cost_model.corners_of((3,), (4,)) == [(3, 4)]
-    assert cost_model.corners_of(range(1, 10), range(1, 13)) == [(1, 1), (1, 5), (1, 12), (9, 1), (9, 5), (9, 12)]
+    assert round_times.corners_of((3,), (4,)) == [(3, 4)]
+    assert round_times.corners_of(range(1, 10), range(1, 13)) == [(1, 1), (1, 5), (1, 12), (9, 1), (9, 5), (9, 12)]
 
 
 def test_tokens_a_round_are_predicted_exactly_and_stand_in_the_report(model):
     prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[2][::-1], PROMPTS[0][::-1]]  # of one length to a program
     tuning = tune(model, prompts, NEW, SelfSpeculative("auto", 3), batch_size=2)
     assert tuning.strategy.num_speculations == 3
-    assert [setting[:2] for setting in tuning.table] == [(1, 3), (2, 3), (3, 3)]
-    strategies = [EarlyExit(3), *{tuning.strategy, SelfSpeculative(3, 3)}]
+    own = [setting for setting in tuning.table if not setting.draft_weights]
+    assert [setting[:2] for setting in own] == [(1, 3), (2, 3), (3, 3)]
+    strategies = [EarlyExit(3), SelfSpeculative(1, 3), SelfSpeculative(3, 3)]
     report = benchmark(model, prompts, strategies, max_new_tokens=NEW, batch_size=2, repeats=1, tuning=tuning)
     plain, early, *tuned = report["runs"]
     assert tuned
@@ -225,22 +229,23 @@ def test_tokens_a_round_are_predicted_exactly_and_stand_in_the_report(model):
 def test_a_draft_vocabulary_is_one_more_choice_for_a_model_with_a_list(model, tmp_path, monkeypatch):
     """The parts are powers of two of the list; the head's saving is timed once and counts for each draft."""
     listed = dataclasses.replace(model, path=str(tmp_path))
-    assert cost_model.vocabularies(SelfSpeculative("auto", 3), listed) == (None,)
+    assert vocabularies(SelfSpeculative("auto", 3), listed) == (None,)
     ranked = RankedTokens(np.arange(320)[::-1], np.arange(320), 320, "counted by hand")
     write_list(list_path(tmp_path), ranked)
-    assert cost_model.vocabularies(SelfSpeculative("auto", 3), listed) == (None, 64, 32)
-    assert cost_model.vocabularies(SelfSpeculative("auto", 3, draft_vocabulary=HALF), listed) == (HALF,)
+    assert vocabularies(SelfSpeculative("auto", 3), listed) == (None, 64, 32)
+    assert vocabularies(SelfSpeculative("auto", 3, draft_vocabulary=HALF), listed) == (HALF,)
     write_list(list_path(tmp_path), ranked._replace(ids=ranked.ids[:40], counts=ranked.counts[:40]))
-    assert cost_model.vocabularies(SelfSpeculative("auto", 3), listed) == (None, 32)
+    assert vocabularies(SelfSpeculative("auto", 3), listed) == (None, 32)
 
     times = {None: 1.0, 32: 0.25}  # milliseconds that the head adds to a draft
     timed = []
 
-    def round_times(model, batch, strategies, note):
+    def made_up_times(model, batch, strategies, note):
         timed.extend(strategies[1:])
         return [9.0, *(10 + s.num_speculations * (s.exit_layer + times[s.draft_vocabulary]) for s in strategies[1:])]
 
-    monkeypatch.setattr(cost_model, "_round_times", round_times)
+    monkeypatch.setattr(round_times, "round_times_of", made_up_times)
+    monkeypatch.setattr(choices, "draft_weights", lambda *_: (None,))
     tuning = tune(listed, PROMPTS, NEW, SelfSpeculative("auto", "auto"))
     assert len(tuning.table) == 2 * 3 * 12
     for setting in tuning.table:
