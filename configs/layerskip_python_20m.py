@@ -8,6 +8,11 @@ The recipe is `drafting` of configs/ablate.py, with exit 4 of 12:
 - Layers are dropped for a whole batch at a time, more often in depth, and less and less over the run.
 - Exit 4 is on at every step, with 0.3 of the last layer's weight. It alone learns from the last layer's distribution,
   with a weight that grows over the run. The other exits take turns.
+
+Run: 1,100 steps of 4,096 tokens; learning rate 1.5e-3, as in configs/python_20m.py.
+Hardware: 2 CPU cores, 7 GB of memory.
+Time: two hours beside other work (600 to 900 tokens per second).
+Expected: held-out loss 3.60 nats per token at the last layer (3.67 without LayerSkip), 3.69 at exit layer 4 (5.44).
 """
 
 import ml_collections
