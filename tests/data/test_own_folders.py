@@ -71,7 +71,7 @@ def test_several_sources_and_validation_leave_runs_out_alike(config, texts, tmp_
     mixed = replace(config, data={"corpus": "", "mixture": f"code={texts}:1", "validation": str(other)})
     _, manifest = prepare(mixed, tmp_path / "data", silent)
     assert manifest["splits"]["held_out"]["documents"] == 1
-    assert manifest["splits"]["train-code"]["documents"] == len(read_texts(config.data)[0]) == 15
+    assert manifest["splits"]["train-code"]["documents"] == len(read_texts(config.data)[0]) == 16
     assert manifest["skipped"]["files"] == {"a training workdir": 2}
 
 

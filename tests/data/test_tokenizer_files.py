@@ -183,7 +183,7 @@ def test_added_tokens_beyond_the_embedding_are_refused_only_when_used(tmp_path):
         ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         ("tokenizer.json", "[" * 100_000 + "]" * 100_000, "is not a tokenizer.json"),
         ("tokenizer_config.json", '{"a": ' * 100_000 + "}" * 100_000, "tokenizer_config.json is not JSON"),
-        ("added_tokens.json", '{"<x>": "y"}', "gives the token '<x>' the id y"),
+        ("added_tokens.json", '{"<x>": "y"}', "gives the token '<x>' the id 'y'"),
     ],
 )
 def test_damaged_files_are_named(name, content, message, tmp_path):
