@@ -1,6 +1,7 @@
 """Every configuration is valid, and the paper's runs have the paper's values: arXiv 2404.16710, Tables 8 to 10."""
 
 import ast
+import dataclasses
 import importlib.util
 import inspect
 import re
@@ -51,6 +52,12 @@ def test_it_is_valid_and_says_how_to_run_it(path):
     assert f"--config=configs/{path.name}" in text
     assert "\nHardware: " in text
     assert "\nExpected: " in text
+
+
+def test_the_runs_with_and_without_layerskip_differ_in_nothing_else():
+    with_layerskip, without = (read(name) for name in ("layerskip_python_20m", "python_20m"))
+    assert with_layerskip.layerskip != without.layerskip
+    assert dataclasses.replace(with_layerskip, layerskip=without.layerskip) == without
 
 
 def test_every_key_is_documented_under_its_field():
